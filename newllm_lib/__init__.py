@@ -1,0 +1,43 @@
+"""newllm_lib: train, study and share New-LLM, a language model with a fixed-size context instead of attention.
+
+    import newllm_lib as nl
+    run = nl.train("quickstart", data="builtin")
+    print(run.history)
+
+Names load what they need when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "ModelConfig": "config",
+    "DataConfig": "config",
+    "TrainConfig": "config",
+    "RunConfig": "config",
+    "NewLLM": "model",
+    "Metrics": "metrics",
+    "generate_text": "generate",
+    "Run": "runs",
+    "train": "runs",
+    "plan": "runs",
+    "load": "runs",
+    "evaluate": "runs",
+}
+_MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware")
+
+__all__ = sorted([*_HOMES, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"newllm_lib.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"newllm_lib.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'newllm_lib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m newllm_lib` is the command `newllm`."""
+
+from newllm_lib.cli import entry
+
+entry()

@@ -1,0 +1,238 @@
+"""Checkpoint files: atomic, with a recorded hash, loaded as data only; and the folder one downloads.
+
+Beside `X.pt` stands `X.pt.json` with the sha256 and the step of the file. It is written before the file is renamed
+into place and names the old and the new content, so a stop between the two leaves a file that still verifies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import random
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from newllm_lib.config import ModelConfig, build
+from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.model import NewLLM
+from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
+
+FORMAT_VERSION = 1
+"""Version of the payload; a reader refuses newer ones and reads all older ones."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, newer than this library, not a checkpoint, or of another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoint files of one run."""
+
+    folder: Path
+    run: str
+
+    @property
+    def best(self) -> Path:
+        """The state at the lowest validation loss."""
+        return self.folder / f"best_{self.run}.pt"
+
+    @property
+    def final(self) -> Path:
+        """The state at the end of the run."""
+        return self.folder / f"{self.run}_final.pt"
+
+    def epoch(self, number: int) -> Path:
+        """The state after `number` epochs, kept."""
+        return self.folder / f"{self.run}_epoch_{number}.pt"
+
+    def step(self, number: int) -> Path:
+        """The state after `number` steps, kept until two newer ones exist."""
+        return self.folder / f"{self.run}_step_{number}.pt"
+
+    def files(self) -> list[Path]:
+        """Every checkpoint of the run, the one with the most steps first."""
+        return sorted(self.folder.glob("*.pt"), key=recorded_step, reverse=True)
+
+    def prune_steps(self, keep: int = 2) -> None:
+        """Remove all but the newest `keep` files that guard against a lost machine."""
+        pattern = re.compile(re.escape(self.run) + r"_step_(\d+)\.pt")
+        found = [(int(match[1]), path) for path in self.folder.glob("*.pt") if (match := pattern.fullmatch(path.name))]
+        for _, path in sorted(found, reverse=True)[keep:]:
+            path.unlink(missing_ok=True)
+            sidecar(path).unlink(missing_ok=True)
+
+    def newest_valid(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest file that verifies, with its payload; each damaged one before it is named through `warn`."""
+        for path in self.files():
+            try:
+                return path, load_checkpoint(path, warn)
+            except CheckpointError as error:
+                warn(f"{error}; trying the checkpoint before it")
+        return None
+
+
+def sidecar(path: Path) -> Path:
+    """The file that records the hash and the step of a checkpoint."""
+    return path.with_name(path.name + ".json")
+
+
+def save_checkpoint(path: Path, payload: dict[str, Any], step: int) -> None:
+    """Write a payload of tensors and plain values; OSError names the path and leaves the old file intact."""
+    buffer = io.BytesIO()
+    torch.save({"format_version": FORMAT_VERSION, **payload}, buffer)
+    data = buffer.getbuffer()
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "step": step, "bytes": len(data)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    previous = _recorded(path)[:1] if path.exists() else []
+    _record(path, [entry, *previous])
+    write_atomic(path, lambda file: file.write(data))
+    if previous:
+        _record(path, [entry])
+
+
+def _record(path: Path, entries: list[dict[str, Any]]) -> None:
+    write_text_atomic(sidecar(path), json.dumps({"contents": entries}) + "\n")
+
+
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    """The contents that the sidecar names, the newest first; empty without a readable sidecar."""
+    try:
+        return json.loads(sidecar(path).read_text(encoding="utf-8"))["contents"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def recorded_step(path: Path) -> int:
+    """The step of a checkpoint by its sidecar, else by its own content; -1 where neither can be read."""
+    entries = _recorded(path)
+    if entries:
+        return int(entries[0]["step"])
+    try:
+        return int(_read(path.read_bytes(), path)["state"]["step"])
+    except (OSError, CheckpointError, KeyError, TypeError):
+        return -1
+
+
+def load_checkpoint(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The payload of a checkpoint on the CPU, its hash verified; CheckpointError names the file and the reason.
+
+    Only tensors and plain values are rebuilt (`weights_only=True`); nothing in the file can run.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    entries = _recorded(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if entries and digest not in {entry["sha256"] for entry in entries}:
+        raise CheckpointError(
+            f"{path}: damaged: sha256 is {digest[:16]}…, recorded was {entries[0]['sha256'][:16]}… "
+            f"({len(data)} of {entries[0]['bytes']} bytes)"
+        )
+    payload = _read(data, path)
+    if not entries:
+        warn(f"{path}: no recorded hash beside it ({sidecar(path).name}), so its content cannot be verified")
+    return payload
+
+
+def _read(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        payload = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: refused: it holds more than tensors and plain values") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({len(data)} bytes)") from error
+    if not isinstance(payload, dict) or "format_version" not in payload:
+        raise CheckpointError(f"{path}: not a checkpoint of newllm_lib")
+    if payload["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {payload['format_version']}, this library reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    return payload
+
+
+def load_weights(model: NewLLM, payload: dict[str, Any], path: Path) -> None:
+    """Put a payload's weights into a model; CheckpointError lists both shapes and leaves the model untouched."""
+    wanted, found = model.state_dict(), payload["model"]
+    differing = [
+        f"{name}: file {_shape(found.get(name))}, model {_shape(wanted.get(name))}"
+        for name in sorted(wanted.keys() | found.keys())
+        if _shape(found.get(name)) != _shape(wanted.get(name))
+    ]
+    if differing:
+        raise CheckpointError(f"{path}: of another model: " + "; ".join(differing[:4]))
+    model.load_state_dict(found)
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+# --- random number generators -----------------------------------------------------------------------------------
+
+
+def generator_states() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's global generators, as plain values and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Put the global generators back; CUDA ones only where the same number of GPUs is there."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# --- the folder one downloads -----------------------------------------------------------------------------------
+
+
+def export_model(folder: Path, model: NewLLM, tokenizer: WordTokenizer) -> None:
+    """Write model.safetensors, config.json and tokenizer.json, each whole: what `NewLLM.from_pretrained` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+    write_text_atomic(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
+    write_text_atomic(folder / "tokenizer.json", json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
+
+
+def load_exported(folder: Path) -> tuple[NewLLM, WordTokenizer]:
+    """Model and tokenizer of a folder that `export_model` wrote; CheckpointError names what is wrong with it."""
+    try:
+        config = build(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        tokenizer = tokenizer_from_dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a model folder that can be read ({error})") from error
+    check_vocabulary(config, tokenizer, folder)
+    model = NewLLM(config)
+    load_weights(model, {"model": tensors}, folder / "model.safetensors")
+    return model, tokenizer
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: WordTokenizer, place: Path) -> None:
+    """CheckpointError when a tokenizer and a model do not have the same number of ids."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{place}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: they do not "
+            "belong together"
+        )

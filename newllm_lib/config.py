@@ -1,0 +1,368 @@
+"""What a run is made of: keyword-only dataclasses, validated when they are built, without torch.
+
+Every field carries its unit in the docstring under it and its allowed values in its metadata; the shell's
+options, the checks and (later) the notebook's sliders are all made from these two.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import textwrap
+import types
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
+PAD, UNK, BOS, EOS = range(4)
+
+IDENTITY_VERSION = 1
+"""Raise it when a default or the meaning of a field changes, so that old and new runs get different names."""
+
+
+def setting(default, low=None, high=None, *, open_low=False, open_high=False, choices=None, identity=True):
+    """A dataclass field with its allowed range; `identity=False` where it does not define a run's result."""
+    allowed = dict(low=low, high=high, open_low=open_low, open_high=open_high, choices=choices, identity=identity)
+    return field(default=default, metadata=allowed)
+
+
+class Checked:
+    """Base of the configuration classes: validation, documentation and serialisation from the fields alone."""
+
+    def __post_init__(self):
+        hints = field_types(type(self))
+        for item in dataclasses.fields(self):
+            value = _convert(getattr(self, item.name), hints[item.name])
+            object.__setattr__(self, item.name, value)
+            _check(type(self).__name__, item.name, value, hints[item.name], item.metadata)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Checked):
+    """The shape and the initial values of a New-LLM."""
+
+    vocab_size: int = setting(1000, len(SPECIAL_TOKENS) + 1, 1_000_000)
+    """Token ids, the 4 special ones included."""
+    embed_dim: int = setting(256, 1, 65_536)
+    """Width of a token embedding (units)."""
+    hidden_dim: int = setting(512, 1, 65_536)
+    """Width of a hidden layer (units)."""
+    num_layers: int = setting(6, 1, 1_000)
+    """Hidden layers from the input to the output of one token (layers)."""
+    context_dim: int = setting(256, 1, 65_536)
+    """Width of the context vector carried from token to token (units)."""
+    dropout: float = setting(0.1, 0, 1, open_high=True)
+    """Share of hidden units dropped while training (0 to below 1)."""
+    context_clamp: float = setting(10.0, 0, 1e6, open_low=True)
+    """Bound of every context value after its LayerNorm (absolute value)."""
+    init_std: float | None = setting(0.02, 0, 10, open_low=True)
+    """Standard deviation of the initial weights; none = variance-preserving: gain x sqrt(2 / fan-in)."""
+    init_gain: float = setting(1.0, 0, 100, open_low=True)
+    """Factor on the variance-preserving standard deviation (read when init_std is none)."""
+    embedding_std: float = setting(0.02, 0, 10, open_low=True)
+    """Standard deviation of the initial token embeddings."""
+    output_std: float = setting(0.02, 0, 10)
+    """Standard deviation of the initial output head (0 starts from the uniform distribution)."""
+    forget_gate_bias: float = setting(0.0, -20, 20)
+    """Initial bias of the forget gate, before the sigmoid (1 keeps 73 % of the context a token)."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers of this model, counted from its shape."""
+        v, e, h, c = self.vocab_size, self.embed_dim, self.hidden_dim, self.context_dim
+        embedding = v * e
+        hidden = h * (e + c) + h + (self.num_layers - 1) * (h * h + h)
+        context = 3 * (c * h + c) + 2 * c
+        output = v * h + v
+        return embedding + hidden + context + output
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+    """Which text, and how it becomes sequences."""
+
+    data: str | tuple[str, ...] = setting("wikitext-2")
+    """wikitext-2, wikitext-103, builtin, a folder with train and valid files, a text file, or a file pattern."""
+    text_unit: str = setting("line", choices=("line", "paragraph"))
+    """What one text of a file is: a line, or a paragraph (lines up to a blank one, for hard-wrapped books)."""
+    layout: str = setting("windows", choices=("windows", "stream"))
+    """windows = each text cut into overlapping windows, as published; stream = one text, the context carried on."""
+    sequence_length: int = setting(64, 2, 1_000_000)
+    """Ids in one sequence (tokens); the model reads all but the last and predicts all but the first."""
+    stride: int = setting(32, 1, 1_000_000)
+    """Distance between the starts of two windows of a long text (tokens; windows only)."""
+    min_words: int = setting(5, 0, 1_000_000)
+    """Texts with fewer are skipped (words; windows only)."""
+    validation_fraction: float = setting(0.05, 0, 0.5, open_low=True)
+    """Share of a text file that becomes the validation split (texts; text files only)."""
+    test_fraction: float = setting(0.05, 0, 0.5, open_low=True)
+    """Share of a text file, at its end, that becomes the test split (texts; text files only)."""
+    eval_lanes: int = setting(32, 1, 1_000_000)
+    """Parallel pieces a stream is evaluated in, each from an empty context (lanes; stream only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
+    """The recipe, and how this machine carries it out."""
+
+    epochs: int | None = setting(50, 1, 1_000_000, identity=False)
+    """Passes over the training sequences (epochs); none = as many as max_steps needs."""
+    max_steps: int | None = setting(None, 1, 1_000_000_000, identity=False)
+    """Optimizer steps after which training ends (steps); none = as many as epochs give."""
+    batch_size: int | None = setting(32, 1, 1_000_000)
+    """Sequences in one optimizer step (stream layout: parallel lanes); none = by the hardware."""
+    micro_batch_size: int | None = setting(None, 1, 1_000_000, identity=False)
+    """Sequences in one forward and backward pass, gradients accumulated; none = the whole batch."""
+    optimizer: str = setting("adam", choices=("adam", "adamw", "muon"))
+    """adam, adamw, or muon = Muon on the hidden matrices with AdamW on the rest."""
+    lr: float | None = setting(None, 0, 100, open_low=True)
+    """Peak learning rate; none = lr_base scaled by lr_rule."""
+    lr_rule: str = setting("none", choices=("none", "linear", "sqrt"))
+    """How the rate grows with batch_size / batch_base."""
+    lr_base: float = setting(1e-4, 0, 100, open_low=True)
+    """Learning rate at batch_base, from which lr_rule starts."""
+    batch_base: int = setting(32, 1, 1_000_000)
+    """Batch size for which lr_base is right (sequences)."""
+    scale_lr_by_model_size: bool = setting(False)
+    """Divide the rate by the parameter count over that of the published baseline (2,739,432)."""
+    muon_lr: float = setting(0.02, 0, 100, open_low=True)
+    """Peak learning rate of the matrices that Muon updates (optimizer muon only)."""
+    muon_momentum: float = setting(0.95, 0, 1, open_high=True)
+    """Momentum of Muon (optimizer muon only)."""
+    beta1: float = setting(0.9, 0, 1, open_high=True)
+    """Decay of the running mean of gradients (Adam, AdamW)."""
+    beta2: float = setting(0.999, 0, 1, open_high=True)
+    """Decay of the running mean of squared gradients (Adam, AdamW)."""
+    weight_decay: float = setting(0.0, 0, 10)
+    """Weight decay of the optimizer (decoupled in adamw and muon)."""
+    lr_schedule: str = setting("constant", choices=("constant", "cosine"))
+    """Course of the rate after the warm-up."""
+    warmup_steps: int = setting(0, 0, 1_000_000_000)
+    """Steps over which the rate rises linearly from near zero (steps)."""
+    decay_steps: int | None = setting(None, 1, 1_000_000_000, identity=False)
+    """Step at which a decaying rate reaches its end (steps); none = the end of the run as first planned."""
+    lr_final_fraction: float = setting(0.0, 0, 1)
+    """Rate at the end of the decay, as a share of the peak."""
+    clip_by_epoch: tuple[tuple[int, float], ...] = setting(((0, 0.5), (10, 1.0), (30, 2.0)))
+    """Largest gradient norm from each epoch (counted from 0) on, as (epoch, norm) pairs; in the shell 0:0.5,10:1."""
+    patience: int | None = setting(15, 1, 1_000_000, identity=False)
+    """Validations without improvement after which training stops; none = never."""
+    min_delta: float = setting(0.001, 0, 100, identity=False)
+    """Fall of the validation loss that counts as improvement for patience (nats)."""
+    validate_every_steps: int | None = setting(None, 1, 1_000_000_000, identity=False)
+    """Steps between validations (steps), besides the one at the end of each epoch and of the run."""
+    checkpoint_every_epochs: int = setting(5, 1, 1_000_000, identity=False)
+    """Epochs between the checkpoints that are kept (epochs)."""
+    checkpoint_every_minutes: float = setting(5.0, 0, 100_000, open_low=True, identity=False)
+    """Wall-clock time between the checkpoints that guard against a lost machine; the last two stay (minutes)."""
+    max_skipped_steps: int = setting(20, 1, 1_000_000, identity=False)
+    """FP16 steps in a row with non-finite gradients after which training stops (steps)."""
+    eval_batch_size: int = setting(256, 1, 1_000_000, identity=False)
+    """Sequences in one forward pass of the evaluation (windows layout only)."""
+    seed: int = setting(42, 0, 2**63 - 1)
+    """Seed of the initial weights, the order of the batches and the dropout."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    """Number format of the matrix products; auto = by the hardware."""
+    device: str = setting("auto", identity=False)
+    """auto, cpu, cuda, cuda:1, ..."""
+    engine: str = setting("auto", identity=False)
+    """Implementation of the recurrence; auto = the best that this machine has."""
+    threads: int | None = setting(None, 1, 4096, identity=False)
+    """CPU threads of torch while training (threads); none = torch's own choice."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("TrainConfig.epochs = None and TrainConfig.max_steps = None: give at least one of them")
+        self._check_clip()
+
+    def _check_clip(self):
+        pairs = self.clip_by_epoch
+        ordered = all(len(pair) == 2 and pair[1] > 0 for pair in pairs) and list(pairs) == sorted(set(pairs))
+        if not pairs or not ordered or pairs[0][0] != 0 or len({epoch for epoch, _ in pairs}) != len(pairs):
+            raise ValueError(
+                f"TrainConfig.clip_by_epoch = {pairs!r}: must be (epoch, norm) pairs with rising epochs, the first 0, "
+                "and norms above 0, for example ((0, 0.5), (10, 1.0))"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Checked):
+    """A whole run: which model, on which data, by which recipe, kept where."""
+
+    preset: str = setting("custom", identity=False)
+    """Name of the preset that this run started from."""
+    name: str | None = setting(None, identity=False)
+    """Folder of the run under results_dir; none = <preset>-<6 hex digits of the run's identity>."""
+    results_dir: str = setting("results", identity=False)
+    """Folder that holds the runs."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape and initial values of the model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text and sequences."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Recipe and machine."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.name is not None and (not self.name or self.name.startswith(".") or set(self.name) & set('/\\:*?"<>|')):
+            raise ValueError(
+                f'RunConfig.name = {self.name!r}: must be a plain folder name, without / \\ : * ? " < > | '
+                "and not starting with a dot"
+            )
+
+    def replace(self, **flat) -> RunConfig:
+        """A copy with fields changed by their own name, wherever they live: `replace(lr=1e-3, dropout=0.0)`."""
+        owners = flat_fields()
+        changes: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            if key not in owners:
+                close = difflib.get_close_matches(key, owners, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown setting {key!r}{hint} Known: {', '.join(sorted(owners))}")
+            changes.setdefault(owners[key].section, {})[key] = value
+        own = changes.pop("run", {})
+        parts = {name: dataclasses.replace(getattr(self, name), **values) for name, values in changes.items()}
+        return dataclasses.replace(self, **own, **parts)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`; an unknown key is an error that names it."""
+        parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+        own = {key: value for key, value in values.items() if key not in parts}
+        return build(cls, {**own, **{key: build(part, values.get(key, {})) for key, part in parts.items()}})
+
+    def identity(self, data_fingerprint: str) -> str:
+        """Hash of what defines the result: model, recipe, seed and the content of the data (not its path).
+
+        Only values that differ from their defaults count, so that a field added later changes no existing name.
+        """
+        chosen = {}
+        for section in ("model", "data", "train"):
+            part = getattr(self, section)
+            for item in dataclasses.fields(part):
+                value = getattr(part, item.name)
+                if item.metadata["identity"] and item.name != "data" and value != item.default:
+                    chosen[f"{section}.{item.name}"] = value
+        chosen["data"] = data_fingerprint
+        chosen["version"] = IDENTITY_VERSION
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FlatField:
+    """One configuration field as the shell and the notebook show it."""
+
+    name: str
+    section: str
+    type: Any
+    doc: str
+    default: Any
+    metadata: typing.Mapping[str, Any]
+
+
+@cache
+def flat_fields() -> dict[str, FlatField]:
+    """Every setting of a run by its own name, which is unique across the sections."""
+    found: dict[str, FlatField] = {}
+    for section, cls in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig), ("run", RunConfig)):
+        hints, docs = field_types(cls), field_docs(cls)
+        for item in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[item.name]):
+                continue
+            assert item.name not in found, item.name
+            found[item.name] = FlatField(
+                item.name, section, hints[item.name], docs[item.name], item.default, item.metadata
+            )
+    return found
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Resolved annotations of a configuration class."""
+    return typing.get_type_hints(cls)
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a configuration class, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    docs = {}
+    for line, following in zip(body, body[1:], strict=False):
+        if isinstance(line, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[line.target.id] = inspect.cleandoc(following.value.value)
+    return docs
+
+
+def build(cls: type, values: dict[str, Any]):
+    """`cls(**values)`, where an unknown key is an error that names it and the known ones."""
+    known = {item.name for item in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return cls(**values)
+
+
+def allowed_types(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Whole numbers where a float is wanted, and lists (as JSON has them) where a tuple is."""
+    kinds = allowed_types(hint)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value)
+    if isinstance(value, list):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    return value
+
+
+def _check(owner: str, name: str, value: Any, hint: Any, allowed: typing.Mapping[str, Any]) -> None:
+    kinds = allowed_types(hint)
+    plain = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    good = isinstance(value, plain) and not (isinstance(value, bool) and bool not in plain)
+    if good and value is not None and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and allowed:
+            good = _in_range(value, allowed)
+        if allowed.get("choices"):
+            good = value in allowed["choices"]
+    if not good:
+        raise ValueError(f"{owner}.{name} = {value!r}: must be {describe_allowed(hint, allowed)}")
+
+
+def _in_range(value: float, allowed: typing.Mapping[str, Any]) -> bool:
+    low, high = allowed["low"], allowed["high"]
+    above = low is None or (value > low if allowed["open_low"] else value >= low)
+    below = high is None or (value < high if allowed["open_high"] else value <= high)
+    return above and below
+
+
+def describe_allowed(hint: Any, allowed: typing.Mapping[str, Any]) -> str:
+    """What a field accepts, in words: 'a whole number from 1 to 65536, or none'."""
+    kinds = allowed_types(hint)
+    if allowed.get("choices"):
+        text = "one of " + ", ".join(allowed["choices"])
+    elif int in kinds or float in kinds:
+        low, high = allowed["low"], allowed["high"]
+        text = "a whole number" if int in kinds else "a number"
+        text += f" {'above' if allowed['open_low'] else 'from'} {low:g}" if float in kinds else f" from {low}"
+        if high is not None:
+            text += f" {'to below' if allowed['open_high'] else 'to'} " + (f"{high:g}" if float in kinds else f"{high}")
+    elif bool in kinds:
+        text = "true or false"
+    elif str in kinds:
+        text = "text"
+    else:
+        text = getattr(hint, "__name__", str(hint))
+    return text + (", or none" if type(None) in kinds else "")

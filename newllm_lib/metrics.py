@@ -1,0 +1,169 @@
+"""Loss, perplexity and accuracy, weighted by tokens.
+
+Perplexity is exp(sum of nll / number of real targets), never a mean of batch means. "Known" figures take the same
+sums over the targets that are not `<UNK>` (softmax over the whole vocabulary).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from newllm_lib.config import PAD, UNK
+from newllm_lib.hardware import Precision
+from newllm_lib.model import NewLLM
+from newllm_lib.recurrence import ENGINES
+from newllm_lib.text.prepare import Split
+
+_CHUNK_LOGITS = 1 << 23
+"""Logits that exist at one time (32 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of a model on a split; losses in nats a token, shares from 0 to 1."""
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    loss_known: float
+    perplexity_known: float
+    accuracy_known: float
+    unknown_share: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Field names and plain numbers."""
+        return dataclasses.asdict(self)
+
+
+class MetricSums:
+    """Running sums, kept in float64 on the device of the model; `result` divides once, at the end."""
+
+    def __init__(self):
+        self._sums: Tensor | float = 0.0
+
+    def add(self, nll: Tensor, correct: Tensor, targets: Tensor) -> None:
+        """Count nll (N,), correct (N,) and the real targets (N,) they belong to."""
+        known = targets != UNK
+        rows = torch.stack([nll.double(), correct.double(), torch.ones_like(nll, dtype=torch.float64)])
+        self._sums = self._sums + torch.cat([rows.sum(1), (rows * known).sum(1)])
+
+    def result(self) -> Metrics:
+        """The metrics of all that was added; ValueError when nothing was."""
+        if isinstance(self._sums, float):
+            raise ValueError("there is no token to score")
+        nll, correct, tokens, nll_known, correct_known, tokens_known = self._sums.tolist()
+        return Metrics(
+            loss=nll / tokens,
+            perplexity=perplexity(nll, tokens),
+            accuracy=correct / tokens,
+            loss_known=nll_known / tokens_known if tokens_known else math.nan,
+            perplexity_known=perplexity(nll_known, tokens_known),
+            accuracy_known=correct_known / tokens_known if tokens_known else math.nan,
+            unknown_share=1 - tokens_known / tokens,
+            tokens=round(tokens),
+        )
+
+
+@torch.no_grad()
+def evaluate_split(
+    model: NewLLM,
+    split: Split,
+    *,
+    precision: Precision,
+    batch_size: int = 256,
+    engine: Callable = ENGINES["reference"],
+) -> Metrics:
+    """Scores of a model on a split, without dropout; the model's training mode is left as it was.
+
+    Windows are read `batch_size` rows at a time, each from an empty context; a stream is read in order, its lanes
+    side by side, with the context carried over.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.output.weight.device
+    ids = torch.from_numpy(split.ids)
+    sums, context = MetricSums(), None
+    for batch in ids if split.carries_context else ids.split(batch_size):
+        batch = batch.to(device, torch.int64)
+        targets = batch[:, 1:]
+        with precision.autocast(device.type):
+            hidden, after = model.hidden(batch[:, :-1], context, (targets != PAD).sum(1), engine=engine)
+            nll, correct = token_losses(hidden, model.head, targets)
+        context = after if split.carries_context else None
+        sums.add(nll, correct, targets[targets != PAD])
+    model.train(was_training)
+    return sums.result()
+
+
+def perplexity(nll: float, tokens: float) -> float:
+    """exp(nll / tokens); NaN without tokens, infinity where it overflows."""
+    if not tokens:
+        return math.nan
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf
+
+
+def token_losses(hidden: Tensor, head: tuple[Tensor, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each real target, and whether it was the likeliest.
+
+    hidden (B, T, H); head = weight (V, H) and bias (V,); targets (B, T) int64, PAD where there is none. Returns nll
+    (N,) float32 (float64 for float64 input) in nats and correct (N,) bool, over the N targets that are not PAD in
+    row-major order. Logits are made, used and made again for the gradient in chunks, so (tokens x V) never exists
+    whole.
+    """
+    real = targets != PAD
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLosses.apply(hidden[real].to(dtype), head[0].to(dtype), head[1].to(dtype), targets[real])
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Linear layer and cross entropy together, chunk by chunk: nll = logsumexp(logits) - logits[target]."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        total_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        log_sum = torch.empty(len(hidden), dtype=total_dtype, device=hidden.device)
+        nll, correct = torch.empty_like(log_sum), torch.empty_like(log_sum, dtype=torch.bool)
+        for part in _chunks(len(hidden), len(weight)):
+            logits = linear(hidden[part], weight, bias).to(total_dtype)  # (n, V)
+            log_sum[part] = logits.logsumexp(1)
+            nll[part] = log_sum[part] - logits.gather(1, targets[part, None]).squeeze(1)
+            correct[part] = logits.argmax(1) == targets[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
+
+    @staticmethod
+    def backward(ctx, grad_nll: Tensor, _grad_correct: Tensor):
+        hidden, weight, bias, targets, log_sum = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=log_sum.dtype)
+        grad_bias = torch.zeros_like(bias, dtype=log_sum.dtype)
+        for part in _chunks(len(hidden), len(weight)):
+            logits = linear(hidden[part], weight, bias).to(log_sum.dtype)
+            grad = (logits - log_sum[part, None]).exp_()  # softmax; minus one at the target: d nll / d logits
+            grad[torch.arange(len(grad), device=grad.device), targets[part]] -= 1
+            grad.mul_(grad_nll[part, None])
+            grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
+
+
+def _chunks(rows: int, vocab_size: int) -> list[slice]:
+    size = max(1, _CHUNK_LOGITS // vocab_size)
+    return [slice(start, start + size) for start in range(0, rows, size)]

@@ -1,0 +1,150 @@
+"""Every decision of a run, made before any time is spent, and what it will cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from newllm_lib import published, schedule
+from newllm_lib.config import ModelConfig, RunConfig
+from newllm_lib.hardware import choose_precision, default_batch_size, detect
+from newllm_lib.recurrence import get_engine
+from newllm_lib.text.prepare import prepare
+from newllm_lib.trainer import Setup
+
+
+def make_setup(config: RunConfig, decided: dict[str, Any] | None = None) -> Setup:
+    """Read the data and decide what the configuration leaves open.
+
+    `decided` holds what an earlier part of the same run recorded (batch_size, precision, engine); it is kept, so
+    that a run goes on as it began. ValueError when the configuration does not fit the data or the machine.
+    """
+    decided = decided or {}
+    train = config.train
+    machine = detect(train.device, train.threads)
+    if train.batch_size is None:
+        config = config.replace(batch_size=decided.get("batch_size", default_batch_size(machine)))
+    wanted = decided.get("precision", "auto") if train.precision == "auto" else train.precision
+    precision = choose_precision(wanted, machine)
+    engine_name, engine = get_engine(decided.get("engine", "auto") if train.engine == "auto" else train.engine)
+    prepared = prepare(config)
+    identity = identity_of(config, train.batch_size, prepared.fingerprint)
+    config = prepared.config
+    train_split = prepared.split("train", config.train.batch_size)
+    check_batch(config, train_split.num_tokens, len(train_split.ids))
+    return Setup(
+        config=config,
+        prepared=prepared,
+        identity=identity,
+        machine=machine,
+        precision=precision,
+        engine_name=engine_name,
+        engine=engine,
+        train_split=train_split,
+        validation_split=prepared.split("validation"),
+        rate=schedule.peak_rate(config.train, config.model.num_parameters),
+    )
+
+
+def identity_of(config: RunConfig, batch_size: int | None, fingerprint: str) -> str:
+    """The identity of what was asked for: a batch left to the hardware stays open in it."""
+    return config.replace(batch_size=batch_size).identity(fingerprint)
+
+
+def check_batch(config: RunConfig, num_tokens: int, num_rows: int) -> None:
+    """ValueError when a batch holds more than the data has."""
+    batch = config.train.batch_size
+    if config.data.layout == "windows" and batch > num_rows:
+        raise ValueError(
+            f"TrainConfig.batch_size = {batch}: must be at most {num_rows}, the number of training sequences"
+        )
+    if config.data.layout == "stream" and batch * (config.data.sequence_length - 1) > num_tokens:
+        most = num_tokens // (config.data.sequence_length - 1)
+        raise ValueError(
+            f"TrainConfig.batch_size = {batch}: must be at most {max(1, most)}, so that each lane of the stream has a "
+            f"full sequence of its own ({num_tokens} training tokens)"
+        )
+
+
+def unfaithful_reason(setup: Setup) -> str | None:
+    """Why a re-creation of a published run is not the published one; None where nothing stands against it."""
+    reasons = []
+    if setup.precision.substituted:
+        reasons.append(setup.precision.reason)
+    if not is_published_protocol(setup):
+        reasons.append("the validation data are not those of the published protocol")
+    return "; ".join(reasons) or None
+
+
+def is_published_protocol(setup: Setup) -> bool:
+    """Whether the very ids that the series scored are scored: only then do its figures stand beside ours."""
+    return setup.validation_split.digest == published.VALIDATION_DIGEST
+
+
+def memory_estimate_bytes(setup: Setup) -> int:
+    """Training memory beside torch itself: weights, gradients, optimizer, and what the backward pass keeps."""
+    train, model = setup.config.train, setup.config.model
+    states = 1 if train.optimizer == "muon" else 2
+    fixed = model.num_parameters * 4 * (2 + states)
+    rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
+    slots = rows * (setup.config.data.sequence_length - 1)
+    return fixed + slots * _bytes_per_slot(model, 4 if setup.precision.name == "fp32" else 2) + (64 << 20)
+
+
+def _bytes_per_slot(model: ModelConfig, width: int) -> int:
+    """What the reference engine keeps for one slot: each layer's output (and mask), the gates in FP32, the ends."""
+    layers = model.num_layers * model.hidden_dim * (2 * width + 1 if model.dropout else width)
+    gates = model.context_dim * (3 * width + 11 * 4)
+    ends = (model.embed_dim + 2 * model.hidden_dim) * (4 + width)
+    return layers + gates + ends
+
+
+def plan_lines(setup: Setup, folder: str) -> list[tuple[str, str]]:
+    """(what, how much and why) for each decision, ready to print."""
+    config, train_split, validation = setup.config, setup.train_split, setup.validation_split
+    model, train = config.model, config.train
+    micro = train.micro_batch_size
+    texts = {name: len(encoded) for name, encoded in setup.prepared.texts.items()}
+    tokens_per_step = train_split.num_tokens / setup.steps_per_epoch
+    lines = [
+        ("run", folder),
+        ("model", f"{model.num_parameters:,} parameters ({model.num_layers} layers of {model.hidden_dim}, "
+                  f"embedding {model.embed_dim}, context {model.context_dim}, vocabulary {model.vocab_size})"),
+        ("data", f"{setup.prepared.corpus_name}: {texts['train']:,} training and {texts['validation']:,} validation texts"),
+        ("sequences", _sequences_line(setup)),
+        ("tokens", f"{train_split.num_tokens:,} an epoch, {validation.num_tokens:,} in validation"),
+        ("device", f"{setup.machine.name} ({setup.machine.device}, {setup.machine.threads} threads)"),
+        ("precision", f"{setup.precision.name}: {setup.precision.reason}"),
+        ("engine", setup.engine_name),
+        ("batch", f"{train.batch_size} sequences, about {tokens_per_step:,.0f} tokens a step"
+                  + (f", {micro} at a time" if micro else "")),
+        ("steps", f"{setup.total_steps:,} ({setup.steps_per_epoch:,} an epoch, "
+                  f"{setup.total_steps / setup.steps_per_epoch:.2f} epochs)"),
+        ("rate", _rate_line(setup)),
+        ("memory", f"about {memory_estimate_bytes(setup) / 2**30:.1f} GiB for training, of "
+                   f"{setup.machine.memory_bytes / 2**30:.1f} GiB (an estimate from the shapes)"),
+    ]  # fmt: skip
+    return lines
+
+
+def _sequences_line(setup: Setup) -> str:
+    data, split, held = setup.config.data, setup.train_split, setup.validation_split
+    if split.carries_context:
+        return (
+            f"{len(split.ids):,} chunks of {data.sequence_length} ids in {split.ids.shape[1]} lanes, the context carried; "
+            f"validation in {held.ids.shape[1]} lanes"
+        )
+    return (
+        f"{len(split.ids):,} training and {len(held.ids):,} validation, {data.sequence_length} ids each "
+        f"({1 - split.num_tokens / split.num_slots:.1%} padding)"
+    )
+
+
+def _rate_line(setup: Setup) -> str:
+    train = setup.config.train
+    text = f"{setup.rate.value:.3g}: {setup.rate.reason}"
+    if train.optimizer == "muon":
+        text += f"; Muon {train.muon_lr:g} on the hidden matrices"
+    course = f"; {train.lr_schedule}"
+    if train.lr_schedule == "cosine":
+        course += f" to {train.lr_final_fraction:g} at step {train.decay_steps or setup.total_steps}"
+    return text + course + (f", warm-up {train.warmup_steps} steps" if train.warmup_steps else "")

@@ -1,0 +1,296 @@
+"""What a run leaves behind for its reader: run.json, history.csv, curves.png and report.md."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from newllm_lib import published
+from newllm_lib.files import write_atomic, write_text_atomic
+
+HISTORY_COLUMNS = (
+    "step",
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "val_ppl",
+    "val_accuracy",
+    "val_ppl_known",
+    "lr",
+    "clip",
+    "train_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "skipped_steps",
+)
+
+_BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9701e", "#777777"
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """run.json: everything about a run but its curve. Infinite and missing numbers become null."""
+    write_text_atomic(folder / "run.json", json.dumps(_finite(record), indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a run's folder; FileNotFoundError or ValueError says what is wrong with it."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no run here (there is no run.json in it)")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
+    """history.csv: a row a validation, rewritten whole."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text_atomic(folder / "history.csv", text.getvalue())
+
+
+def read_history(folder: Path):
+    """history.csv as a DataFrame."""
+    import pandas
+
+    return pandas.read_csv(folder / "history.csv")
+
+
+# --- the curves -------------------------------------------------------------------------------------------------
+
+
+def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """curves.png: loss, perplexity and accuracy over epochs, the published curve dashed where there is one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure.suptitle(f"{record['run']}  ({record['data']['name']}, {record['parameters']:,} parameters)", fontsize=12)
+    loss, ppl, accuracy = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    known = published.RUNS.get(record["preset"]) if record["published_protocol"] else None
+    style = {"marker": "o", "markersize": 3.5, "linewidth": 1.8}
+    loss.plot(epochs, [row["train_loss"] for row in history], color=_ORANGE, label="training", **style)
+    loss.plot(epochs, [row["val_loss"] for row in history], color=_BLUE, label="validation", **style)
+    ppl.plot(epochs, [row["val_ppl"] for row in history], color=_BLUE, label="validation", **style)
+    accuracy.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_BLUE, label="validation", **style)
+    if known:
+        _plot_published(known, loss, ppl, accuracy)
+    best = min(history, key=lambda row: row["val_loss"])
+    ppl.plot([best["epoch"]], [best["val_ppl"]], "*", color=_BLUE, markersize=13)
+    ppl.annotate(
+        f"best {best['val_ppl']:.2f}",
+        (best["epoch"], best["val_ppl"]),
+        (-6, 12),
+        textcoords="offset points",
+        ha="right",
+    )
+    if record["published_protocol"]:
+        _mark_levels(ppl, accuracy, [row["val_ppl"] for row in history])
+    ppl.set_yscale("log")
+    _plain_log_ticks(ppl)
+    titles = (
+        ("Loss (nats a token)", loss),
+        ("Perplexity (lower is better)", ppl),
+        ("Next-token accuracy (%)", accuracy),
+    )
+    for title, axes in titles:
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("epochs")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
+    write_atomic(folder / "curves.png", lambda file: file.write(image.getvalue()))
+
+
+def _plot_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:
+    dashed = {"color": _GREY, "linestyle": "--", "linewidth": 1.5}
+    label = f"published: {known.title}"
+    if known.curve:
+        ppl.plot(*zip(*known.curve, strict=True), label=label, **dashed)
+    if known.losses:
+        epochs, training, validation, share = zip(*known.losses, strict=True)
+        loss.plot(epochs, validation, label="published, validation", **dashed)
+        loss.plot(epochs, training, color=_GREY, linestyle=":", label="published, training")
+        accuracy.plot(epochs, share, label=label, **dashed)
+
+
+def _mark_levels(ppl, accuracy, reached: list[float]) -> None:
+    """Horizontal lines at the published results near the curve, and at the accuracy of saying <UNK> always."""
+    for level, title in published.MILESTONES:
+        if 0.85 * min(reached) <= level <= max(reached):
+            ppl.axhline(level, color=_GREY, linewidth=0.8, linestyle=":")
+            short = title.split(":")[0]
+            position = (0.98, level)
+            ppl.annotate(
+                f"{level:.2f}  {short}",
+                position,
+                (0, 2),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=_GREY,
+                ha="right",
+            )
+    accuracy.axhline(published.UNKNOWN_ACCURACY, color=_GREY, linewidth=0.8, linestyle=":", label="always <UNK>")
+
+
+def _plain_log_ticks(axes) -> None:
+    """Label a log axis with plain numbers at 1, 2, 3, 5 and 7 of each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+# --- the written report -----------------------------------------------------------------------------------------
+
+
+def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, Any]], samples: list[str]) -> None:
+    """report.md: what was run, what came out, against what was published, every validation, samples."""
+    parts = [
+        f"# {record['run']}",
+        _summary(record),
+        "![curves](curves.png)",
+        "## Set-up",
+        _table(("", ""), [(name, text) for name, text in record["plan"] if name != "run"]),
+        _provenance(record),
+        "## Result",
+        _result(record),
+        "## Time to the published perplexities",
+        milestones_text(record, history),
+        "## Every validation",
+        _history_table(record, history),
+        "## Samples",
+        "\n\n".join(f"> {sample}" for sample in samples) or "None: the run has no trained weights yet.",
+        "",
+    ]
+    write_text_atomic(folder / "report.md", "\n\n".join(parts))
+
+
+def _summary(record: dict[str, Any]) -> str:
+    best = record["best"]
+    if best is None:
+        return f"Status: {record['status']}. No validation yet."
+    text = (
+        f"Best validation perplexity **{best['val_ppl']:.2f}** (accuracy {best['val_accuracy']:.1%}) at step "
+        f"{best['step']:,}, after {best['train_seconds']:,.0f} s of training (validation excluded). "
+        f"Status: {record['status']}."
+    )
+    if record["faithful"] is not None:
+        word = (
+            "Faithful" if record["faithful"] else f"**Not faithful** to the published run ({record['faithful_reason']})"
+        )
+        text += f" {word}."
+    return text
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    environment = record["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    commit = environment["git_commit"] or "unknown (not run from a checkout)"
+    return (
+        f"Command: `{record['command']}`\n\nCommit: {commit}. {versions}. Seed {record['config']['train']['seed']}. "
+        f"Data sha256 {record['data']['fingerprint'][:16]}…"
+    )
+
+
+def _result(record: dict[str, Any]) -> str:
+    best = record["best"]
+    if best is None:
+        return "None yet."
+    unknown = record["validation"]["unknown_share"]
+    rows = [
+        ("perplexity", f"{best['val_ppl']:.3f}", "exp(sum of nll / number of targets)"),
+        ("loss", f"{best['val_loss']:.4f}", "nats a target"),
+        ("accuracy", f"{best['val_accuracy']:.2%}", "likeliest token is the target"),
+        ("known-word perplexity", f"{best['val_ppl_known']:.2f}", "the same over targets that are not `<UNK>`"),
+        ("unknown share", f"{unknown:.1%}", "targets that are `<UNK>`: what saying it always would score"),
+        ("tokens a second", f"{best['tokens_per_second']:,.0f}", "real targets, since the validation before"),
+        ("peak memory", f"{best['peak_memory_bytes'] / 2**30:.2f} GiB", record["peak_memory_meaning"]),
+    ]
+    known = published.RUNS.get(record["preset"])
+    if known and known.best_ppl and record["published_protocol"]:
+        rows.append(
+            ("published", f"{known.best_ppl:.2f}", f"{known.title}, {known.epochs} epochs. {known.note}".strip())
+        )
+    return _table(("", "best validation", "meaning"), rows)
+
+
+def milestones(history: list[dict[str, Any]]) -> list[tuple[float, str, dict[str, Any] | None]]:
+    """Each published perplexity, its run, and the first row of the history that is at or below it."""
+    return [
+        (level, title, next((row for row in history if row["val_ppl"] <= level), None))
+        for level, title in published.MILESTONES
+    ]
+
+
+def milestones_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    """Training seconds to each published perplexity, or why they do not apply."""
+    if not record["published_protocol"]:
+        return (
+            "Not comparable: the published figures hold for the validation ids of WikiText-2 under the published "
+            "protocol, and this run scored others."
+        )
+    rows = [
+        (
+            f"{level:.2f}",
+            title,
+            "not reached" if row is None else f"{row['train_seconds']:,.1f} s",
+            "" if row is None else f"{row['step']:,} (PPL {row['val_ppl']:.2f})",
+        )
+        for level, title, row in milestones(history)
+    ]
+    note = (
+        "Seconds of optimizer steps up to the first validation at or below the figure; validation and saving are not "
+        "counted, and the figure may have been passed earlier, between two validations."
+    )
+    return _table(("PPL", "published by", "training time here", "step"), rows) + "\n\n" + note
+
+
+def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    best_step = record["best"]["step"] if record["best"] else None
+    rows = [
+        (
+            f"{row['epoch']:.2f}",
+            f"{row['step']:,}",
+            f"{row['train_loss']:.4f}",
+            f"{row['val_loss']:.4f}",
+            f"**{row['val_ppl']:.2f}**" if row["step"] == best_step else f"{row['val_ppl']:.2f}",
+            f"{row['val_accuracy']:.2%}",
+            f"{row['val_ppl_known']:.2f}",
+            f"{row['lr']:.2e}",
+            f"{row['train_seconds']:,.1f}",
+        )
+        for row in history
+    ]
+    titles = ("epoch", "step", "train loss", "val loss", "val PPL", "accuracy", "known PPL", "rate", "seconds")
+    return _table(titles, rows)
+
+
+def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def first_sample(folder: Path) -> str | None:
+    """The first sample of a run's report."""
+    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
+    return next((line[2:] for line in lines if line.startswith("> ")), None)

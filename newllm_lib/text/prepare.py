@@ -1,0 +1,133 @@
+"""A configuration to the arrays of a run: read, tokenise (once, cached by content) and lay out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from newllm_lib.config import UNK, RunConfig
+from newllm_lib.files import write_atomic
+from newllm_lib.text.corpus import Corpus, load_corpus
+from newllm_lib.text.sequences import EncodedTexts, stream, target_lengths, windows
+from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
+
+CACHE_VERSION = 1
+"""Raise it when the tokenizer or the layout of a cache file changes."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, ready to be read: windows (N, S), or a stream (chunks, lanes, S), int32."""
+
+    ids: np.ndarray
+    carries_context: bool
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the ids: equal where the very same predictions are scored."""
+        return hashlib.sha256(np.ascontiguousarray(self.ids, dtype="<i4").tobytes()).hexdigest()
+
+    @property
+    def num_tokens(self) -> int:
+        """Real targets."""
+        return int(target_lengths(self.ids).sum())
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the real targets that are the unknown id."""
+        return float((self.ids[..., 1:] == UNK).sum() / self.num_tokens)
+
+    @property
+    def num_slots(self) -> int:
+        """Predictions computed, padding included."""
+        return self.ids[..., 1:].size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run reads: its tokenizer, its encoded splits, and the hash of the text they came from."""
+
+    corpus_name: str
+    fingerprint: str
+    tokenizer: WordTokenizer
+    texts: dict[str, EncodedTexts]
+    config: RunConfig
+
+    def split(self, name: str, lanes: int | None = None) -> Split:
+        """The arrays of a split; `lanes` is the batch of a stream (None = that of the evaluation)."""
+        data = self.config.data
+        if name not in self.texts:
+            raise ValueError(f"split {name!r}: the data {self.corpus_name} has {', '.join(self.texts)}")
+        if data.layout == "stream":
+            return Split(stream(self.texts[name], data.sequence_length, lanes or data.eval_lanes), True)
+        ids = windows(self.texts[name], data.sequence_length, data.stride, data.min_words)
+        if not len(ids):
+            raise ValueError(
+                f"data {self.corpus_name}: no text of the {name} split has {data.min_words} words or more "
+                "(DataConfig.min_words)"
+            )
+        return Split(ids, False)
+
+
+def prepare(config: RunConfig, tokenizer: WordTokenizer | None = None) -> Prepared:
+    """Read and tokenise the data of a run; with a tokenizer given, only encode with it.
+
+    The model's vocabulary shrinks to the words that the training text has, if those are fewer.
+    """
+    corpus = load_corpus(config.data)
+    tokenizer, texts = _encode_cached(corpus, config.model.vocab_size, tokenizer)
+    if tokenizer.vocab_size < config.model.vocab_size:
+        config = config.replace(vocab_size=tokenizer.vocab_size)
+    return Prepared(corpus.name, corpus.fingerprint, tokenizer, texts, config)
+
+
+def _encode_cached(
+    corpus: Corpus, vocab_size: int, tokenizer: WordTokenizer | None
+) -> tuple[WordTokenizer, dict[str, EncodedTexts]]:
+    wanted = tokenizer.to_dict() if tokenizer else vocab_size
+    key = json.dumps([CACHE_VERSION, corpus.fingerprint, WordTokenizer.kind, wanted])
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    try:
+        return _read_cache(path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        tokenizer = tokenizer or WordTokenizer.train(corpus.splits["train"], vocab_size)
+    texts = {
+        split: EncodedTexts.from_lists([tokenizer.encode(text) for text in corpus.splits[split]])
+        for split in corpus.splits
+    }
+    _write_cache(path, tokenizer, texts)
+    return tokenizer, texts
+
+
+def cache_folder() -> Path:
+    """Where encoded text is kept: $NEWLLM_CACHE, or newllm_lib in the user's cache folder. Safe to delete."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NEWLLM_CACHE") or Path(base) / "newllm_lib")
+
+
+def _read_cache(path: Path) -> tuple[WordTokenizer, dict[str, EncodedTexts]]:
+    with np.load(path, allow_pickle=False) as stored:
+        tokenizer = tokenizer_from_dict(json.loads(stored["tokenizer"].tobytes()))
+        names = json.loads(stored["splits"].tobytes())
+        return tokenizer, {name: EncodedTexts(stored[f"{name}_ids"], stored[f"{name}_offsets"]) for name in names}
+
+
+def _write_cache(path: Path, tokenizer: WordTokenizer, texts: dict[str, EncodedTexts]) -> None:
+    """Best effort: a full or read-only disk costs time at the next start, not this run."""
+    arrays = {
+        "tokenizer": np.frombuffer(json.dumps(tokenizer.to_dict()).encode(), dtype=np.uint8),
+        "splits": np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8),
+    }
+    for name, encoded in texts.items():
+        arrays[f"{name}_ids"], arrays[f"{name}_offsets"] = encoded.ids, encoded.offsets
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: np.savez(file, **arrays))
+    except OSError:
+        return

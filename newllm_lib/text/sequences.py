@@ -1,0 +1,78 @@
+"""Token ids of texts to the integer arrays that training reads; one index gives one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from newllm_lib.config import BOS, EOS, PAD
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """The ids of many texts end to end: text k is `ids[offsets[k] : offsets[k + 1]]`."""
+
+    ids: np.ndarray  # (N,) int32
+    offsets: np.ndarray  # (number of texts + 1,) int64
+
+    @classmethod
+    def from_lists(cls, texts: Sequence[Sequence[int]]) -> EncodedTexts:
+        """Pack lists of ids."""
+        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+        np.cumsum([len(text) for text in texts], out=offsets[1:])
+        ids = np.fromiter((index for text in texts for index in text), dtype=np.int32, count=int(offsets[-1]))
+        return cls(ids, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+def windows(texts: EncodedTexts, length: int, stride: int, min_words: int) -> np.ndarray:
+    """The published sequences: (N, length) int32, padded with PAD.
+
+    A text becomes BOS + ids + EOS. Up to `length` ids: one padded row. Longer: rows of `length` whose starts are
+    `stride` apart, the incomplete tail dropped. Texts of fewer than `min_words` ids are skipped.
+    """
+    rows = []
+    for index in range(len(texts)):
+        ids = texts[index]
+        if len(ids) < min_words:
+            continue
+        marked = np.concatenate(([BOS], ids, [EOS])).astype(np.int32)
+        if len(marked) <= length:
+            rows.append(np.pad(marked, (0, length - len(marked)), constant_values=PAD)[None])
+        else:
+            rows.append(np.lib.stride_tricks.sliding_window_view(marked, length)[::stride])
+    return np.concatenate(rows) if rows else np.empty((0, length), dtype=np.int32)
+
+
+def stream(texts: EncodedTexts, length: int, lanes: int) -> np.ndarray:
+    """All texts as one run of tokens in parallel lanes: (chunks, lanes, length) int32, padded with PAD.
+
+    The stream is BOS, then each text and an EOS. Lane b holds the b-th contiguous piece; chunk k + 1 of a lane goes
+    on where chunk k ended (its first id is the other's last target), so that every token but the BOS is a target
+    exactly once when chunks are read in order with the context carried over.
+    """
+    ends = np.insert(texts.ids, texts.offsets[1:], EOS)
+    line = np.concatenate(([BOS], ends)).astype(np.int32)
+    num_targets = len(line) - 1
+    per_lane = -(-num_targets // lanes)
+    step = length - 1
+    chunks = -(-per_lane // step)
+    out = np.full((chunks, lanes, length), PAD, dtype=np.int32)
+    for lane in range(lanes):
+        end = min((lane + 1) * per_lane, num_targets)
+        for chunk, start in enumerate(range(lane * per_lane, end, step)):
+            piece = line[start : min(start + step, end) + 1]
+            out[chunk, lane, : len(piece)] = piece
+    return out
+
+
+def target_lengths(ids: np.ndarray) -> np.ndarray:
+    """Real targets of each row of ids (..., length): its non-padding ids but the first."""
+    return np.maximum((ids != PAD).sum(axis=-1) - 1, 0)

@@ -1,0 +1,424 @@
+"""Training: `optimizer_step` from batch to update on one screen, and `Trainer.fit` around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newllm_lib import schedule
+from newllm_lib.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    generator_states,
+    load_weights,
+    recorded_step,
+    restore_generators,
+    save_checkpoint,
+)
+from newllm_lib.config import PAD, RunConfig
+from newllm_lib.hardware import Machine, Precision, peak_memory_bytes
+from newllm_lib.metrics import evaluate_split, token_losses
+from newllm_lib.model import NewLLM
+from newllm_lib.optimizers import make_optimizers, set_rates
+from newllm_lib.progress import Progress
+from newllm_lib.recurrence import Dropout
+from newllm_lib.text.prepare import Prepared, Split
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and that the last good checkpoint stays."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    nll: float
+    """Sum over the targets of the batch (nats)."""
+    tokens: int
+    """Real targets of the batch."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    skipped: bool
+    """Whether the update was left out because a gradient was not finite (FP16 only)."""
+    context: Tensor
+    """(B, C) after the batch, detached."""
+
+
+def optimizer_step(
+    model: NewLLM,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    ids: Tensor,
+    *,
+    engine: Callable,
+    precision: Precision,
+    clip: float,
+    micro_batch: int | None = None,
+    dropout_seed: int = 0,
+    context: Tensor | None = None,
+) -> StepResult:
+    """One update from ids (B, S) int64: the mean loss over the batch's real targets, however it is cut up.
+
+    `micro_batch` rows at a time go forward and backward. A non-finite loss, or without a scaler a non-finite
+    gradient, raises TrainingError before any weight changes.
+    """
+    rows, device = len(ids), ids.device
+    tokens, targets = ids[:, :-1], ids[:, 1:]
+    lengths = (targets != PAD).sum(1)
+    num_targets = int(lengths.sum())
+    nll_sum, contexts = torch.zeros((), dtype=torch.float64, device=device), []
+    for start in range(0, rows, micro_batch or rows):
+        part = slice(start, start + (micro_batch or rows))
+        rate = model.config.dropout
+        dropout = Dropout(rate, dropout_seed + start, device) if rate else None
+        before = None if context is None else context[part]
+        with precision.autocast(device.type):
+            hidden, after = model.hidden(tokens[part], before, lengths[part], dropout, engine)
+            nll, _ = token_losses(hidden, model.head, targets[part])
+        scaler.scale(nll.sum() / num_targets).backward()
+        nll_sum += nll.detach().sum()
+        contexts.append(after.detach())
+    if not math.isfinite(nll_sum):
+        raise TrainingError(f"the loss is {float(nll_sum)}: the weights have left the range in which they can learn")
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    skipped = not math.isfinite(norm)
+    if skipped and not scaler.is_enabled():
+        raise TrainingError(f"the gradient norm is {norm} though the loss is finite")
+    if not skipped:
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+    scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return StepResult(float(nll_sum), num_targets, norm, skipped, torch.cat(contexts))
+
+
+@dataclass
+class TrainState:
+    """Everything about a run's progress that is not a tensor of the model or an optimizer."""
+
+    step: int = 0
+    """Updates made; a skipped one does not count."""
+    epoch: int = 0
+    """Epochs ended."""
+    batch: int = 0
+    """Batches of the current epoch that were read."""
+    train_seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    patience_loss: float = math.inf
+    """Validation loss that the next one must undercut by min_delta."""
+    stale_validations: int = 0
+    nll_since_row: float = 0.0
+    tokens_since_row: int = 0
+    seconds_since_row: float = 0.0
+    decay_steps: int = 0
+    """Step at which a decaying rate reaches its end, fixed when the run starts."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run with every decision made: what `plan` shows and `Trainer` carries out."""
+
+    config: RunConfig
+    prepared: Prepared
+    identity: str
+    machine: Machine
+    precision: Precision
+    engine_name: str
+    engine: Callable
+    train_split: Split
+    validation_split: Split
+    rate: schedule.Rate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch, the last one possibly smaller."""
+        rows = len(self.train_split.ids)
+        return rows if self.train_split.carries_context else -(-rows // self.config.train.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return schedule.run_steps(self.config.train, self.steps_per_epoch)
+
+
+class Trainer:
+    """Trains a model as a Setup says, keeps checkpoints, and can be stopped and continued at any step."""
+
+    def __init__(self, setup: Setup, model: NewLLM, checkpoints: Checkpoints, progress: Progress | None = None):
+        self.setup, self.model, self.checkpoints = setup, model, checkpoints
+        self.progress = progress or Progress()
+        self.on_validation: Callable[[bool], None] = lambda best: None
+        train = setup.config.train
+        self.optimizers = make_optimizers(model, train, setup.rate.value)
+        enabled = setup.precision.name == "fp16"
+        self.scaler = torch.amp.GradScaler(setup.machine.kind, enabled=enabled)
+        self.state = TrainState(decay_steps=train.decay_steps or setup.total_steps)
+        self.context: Tensor | None = None
+        self._ids = torch.from_numpy(setup.train_split.ids).to(setup.machine.device)
+        self._stop = _StopRequest(self.progress)
+        self._last_save = time.monotonic()
+
+    def fit(self) -> str:
+        """Train to the end of the plan; returns 'finished', 'stopped early' or 'interrupted'.
+
+        Ctrl-C or SIGTERM ends the step, saves and returns; a second Ctrl-C stops at once. Raises TrainingError when
+        the loss is no longer finite.
+        """
+        self.model.train()
+        self._last_save = time.monotonic()
+        with self._stop.listening():
+            while not (ended := self.ended()) and not self._stop.requested:
+                self._train_batch()
+            if not ended:
+                self._save_step()
+                return "interrupted"
+        if recorded_step(self.checkpoints.final) != self.state.step:
+            self._save(self.checkpoints.final)
+        return ended
+
+    def ended(self) -> str:
+        """'finished' or 'stopped early' when nothing is left to train, else ''."""
+        train, state = self.setup.config.train, self.state
+        if state.step >= self.setup.total_steps:
+            return "finished"
+        return "stopped early" if train.patience and state.stale_validations >= train.patience else ""
+
+    def _train_batch(self) -> None:
+        """One batch, and whatever is due after it: a validation, a checkpoint."""
+        train, state, setup = self.setup.config.train, self.state, self.setup
+        factor = schedule.rate_factor(state.step, train, state.decay_steps)
+        clip = schedule.clip_norm(state.epoch, train)
+        started = time.perf_counter()
+        set_rates(self.optimizers, factor)
+        result = optimizer_step(
+            self.model,
+            self.optimizers,
+            self.scaler,
+            self._batch(),
+            engine=setup.engine,
+            precision=setup.precision,
+            clip=clip,
+            micro_batch=train.micro_batch_size,
+            dropout_seed=mix_seed(train.seed, state.epoch, state.batch),
+            context=self.context,
+        )
+        seconds = time.perf_counter() - started
+        epoch_ended = self._count(result, seconds)
+        done = epoch_ended or state.step >= setup.total_steps
+        if done or (train.validate_every_steps and state.step % train.validate_every_steps == 0 and not result.skipped):
+            self._validate(setup.rate.value * factor, clip)
+        if epoch_ended and state.epoch % train.checkpoint_every_epochs == 0:
+            self._save(self.checkpoints.epoch(state.epoch))
+        elif time.monotonic() - self._last_save >= 60 * train.checkpoint_every_minutes:
+            self._save_step()
+
+    def _batch(self) -> Tensor:
+        """The ids (B, S) int64 of the next batch: one index into the split."""
+        if self.setup.train_split.carries_context:
+            return self._ids[self.state.batch].long()
+        train, start = self.setup.config.train, self.state.batch * self.setup.config.train.batch_size
+        order = epoch_order(train.seed, self.state.epoch, len(self._ids))
+        return self._ids[order[start : start + train.batch_size].to(self._ids.device)].long()
+
+    def _count(self, result: StepResult, seconds: float) -> bool:
+        """Add a step to the state; True when it ended an epoch. TrainingError after too many skips in a row."""
+        state, train = self.state, self.setup.config.train
+        state.train_seconds += seconds
+        state.seconds_since_row += seconds
+        state.nll_since_row += result.nll
+        state.tokens_since_row += result.tokens
+        state.batch += 1
+        if result.skipped:
+            state.skipped_steps += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row >= train.max_skipped_steps:
+                raise TrainingError(
+                    f"{state.skipped_in_a_row} steps in a row had gradients that are not finite "
+                    f"(loss scale {self.scaler.get_scale():g})"
+                )
+        else:
+            state.step += 1
+            state.skipped_in_a_row = 0
+        self.context = result.context if self.setup.train_split.carries_context else None
+        if ended := state.batch == self.setup.steps_per_epoch:
+            state.epoch, state.batch, self.context = state.epoch + 1, 0, None
+        speed = state.tokens_since_row / state.seconds_since_row
+        self.progress.step(state.step, self.setup.total_steps, self._epochs(), result.nll / result.tokens, speed)
+        return ended
+
+    def _epochs(self) -> float:
+        return self.state.epoch + self.state.batch / self.setup.steps_per_epoch
+
+    def _validate(self, rate: float, clip: float) -> None:
+        """Score the validation split, add a row to the history, keep the best weights."""
+        state, setup, train = self.state, self.setup, self.setup.config.train
+        self.progress.evaluating()
+        scores = evaluate_split(
+            self.model,
+            setup.validation_split,
+            precision=setup.precision,
+            batch_size=train.eval_batch_size,
+            engine=setup.engine,
+        )
+        row = {
+            "step": state.step,
+            "epoch": round(self._epochs(), 4),
+            "train_loss": state.nll_since_row / state.tokens_since_row,
+            "val_loss": scores.loss,
+            "val_ppl": scores.perplexity,
+            "val_accuracy": scores.accuracy,
+            "val_ppl_known": scores.perplexity_known,
+            "lr": rate,
+            "clip": clip,
+            "train_seconds": round(state.train_seconds, 3),
+            "tokens_per_second": round(state.tokens_since_row / state.seconds_since_row, 1),
+            "peak_memory_bytes": peak_memory_bytes(setup.machine),
+            "skipped_steps": state.skipped_steps,
+        }
+        state.nll_since_row, state.tokens_since_row, state.seconds_since_row = 0.0, 0, 0.0
+        state.history.append(row)
+        improved = scores.loss < state.best_loss  # False for NaN
+        if improved:
+            state.best_loss, state.best_step = scores.loss, state.step
+        if scores.loss < state.patience_loss - train.min_delta:
+            state.patience_loss, state.stale_validations = scores.loss, 0
+        else:
+            state.stale_validations += 1
+        if improved:
+            self._save(self.checkpoints.best)
+        self.progress.validated(row, improved)
+        self.on_validation(improved)
+
+    # --- saving and continuing ----------------------------------------------------------------------------------
+
+    def _save_step(self) -> None:
+        self._save(self.checkpoints.step(self.state.step))
+        self.checkpoints.prune_steps()
+
+    def _save(self, path: Path) -> None:
+        save_checkpoint(path, self.payload(), self.state.step)
+        self._last_save = time.monotonic()
+
+    def payload(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on as if nothing had happened."""
+        setup = self.setup
+        return {
+            "run": self.checkpoints.run,
+            "identity": setup.identity,
+            "config": setup.config.to_dict(),
+            "data_fingerprint": setup.prepared.fingerprint,
+            "tokenizer": setup.prepared.tokenizer.to_dict(),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "generators": generator_states(),
+            "context": self.context,
+            "state": dataclasses.asdict(self.state),
+        }
+
+    def restore(self, payload: dict[str, Any], path: Path) -> None:
+        """Go on from a payload of the same run; CheckpointError when it belongs to another one."""
+        if payload["identity"] != self.setup.identity:
+            raise CheckpointError(f"{path}: {difference(payload, self.setup)}")
+        load_weights(self.model, payload, path)
+        for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(payload["scaler"])
+        context = payload["context"]
+        self.context = None if context is None else context.to(self.setup.machine.device)
+        self.state = TrainState(**payload["state"])
+        self._extend_decay(path)
+        restore_generators(payload["generators"])
+
+    def _extend_decay(self, path: Path) -> None:
+        """A rate that decays to an end needs a new end when the run gets longer."""
+        train, state, total = self.setup.config.train, self.state, self.setup.total_steps
+        if train.decay_steps is not None:
+            state.decay_steps = train.decay_steps
+        elif train.lr_schedule == "constant":
+            state.decay_steps = total
+        elif total > state.decay_steps:
+            raise CheckpointError(
+                f"{path}: the rate of this run decays to its end at step {state.decay_steps}, so going on to step "
+                f"{total} needs a new end: --decay-steps {total}. Or start another run: --name NEW, or --fresh"
+            )
+
+
+def difference(payload: dict[str, Any], setup: Setup) -> str:
+    """In which settings, or in what data, a checkpoint and a run differ."""
+    if payload["data_fingerprint"] != setup.prepared.fingerprint:
+        return (
+            f"the data have changed since this checkpoint: sha256 was {payload['data_fingerprint'][:16]}…, is now "
+            f"{setup.prepared.fingerprint[:16]}…. Restore the old text, or start anew with --fresh or another --name"
+        )
+    old, new = payload["config"], setup.config.to_dict()
+    changed = [
+        f"{key} {old[section].get(key)!r} there, {value!r} here"
+        for section in ("model", "data", "train")
+        for key, value in new[section].items()
+        if old[section].get(key) != value
+    ]
+    return "of a run with other settings: " + "; ".join(changed) + ". Use another --name, or --fresh"
+
+
+@lru_cache(maxsize=2)  # asked for at every batch of an epoch
+def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
+    """The order (rows,) in which an epoch reads its sequences: a function of seed and epoch alone."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(mix_seed(seed, epoch, -1)))
+
+
+def mix_seed(*parts: int) -> int:
+    """One seed below 2^62 from several numbers (an FNV-1a hash), so that no two uses share a generator's stream."""
+    value = 0xCBF29CE484222325
+    for part in parts:
+        for byte in part.to_bytes(9, "little", signed=True):
+            value = ((value ^ byte) * 0x100000001B3) & (2**64 - 1)
+    return value >> 2
+
+
+class _StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a flag, the second into KeyboardInterrupt."""
+
+    def __init__(self, progress: Progress):
+        self.requested = False
+        self._progress = progress
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handlers of this object inside, those from before restored after; nothing outside the main thread."""
+        self.requested = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._progress.message("stopping after this step, then saving; press Ctrl-C again to stop at once")

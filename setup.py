@@ -1,0 +1,27 @@
+"""Metadata and requirements: lower bounds that a Colab runtime already satisfies, so that installing replaces nothing."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="newllm_lib",
+    version="0.1.0",
+    description="Train, study and share New-LLM, a language model with a fixed-size context instead of attention",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["newllm_lib", "newllm_lib.*"]),
+    install_requires=[
+        "torch>=2.10",
+        "numpy>=2.0",
+        "datasets>=4.0",
+        "pandas>=2.2",
+        "matplotlib>=3.10",
+        "tqdm>=4.67",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "click>=8.1",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9"]},
+    entry_points={"console_scripts": ["newllm = newllm_lib.cli:entry"]},
+)
