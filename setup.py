@@ -1,4 +1,6 @@
-"""Metadata and requirements: lower bounds that a Colab runtime already satisfies, so that installing replaces nothing."""
+"""Metadata and requirements: lower bounds that a Colab runtime already satisfies, so that nothing is replaced."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -6,7 +8,7 @@ setup(
     name="newllm_lib",
     version="0.1.0",
     description="Train, study and share New-LLM, a language model with a fixed-size context instead of attention",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11,<3.14",

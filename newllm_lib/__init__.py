@@ -28,7 +28,7 @@ _HOMES = {
 }
 _MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware")
 
-__all__ = sorted([*_HOMES, *_MODULES])
+__all__ = list(_HOMES) + list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -40,4 +40,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

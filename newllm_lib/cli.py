@@ -155,9 +155,10 @@ def _print_run(run, as_json: bool) -> None:
         return
     rows = run.history.to_dict("records")
     click.echo(f"\n{run.folder.name}: {run.record['status']}")
-    click.echo(HEADER)
-    for row in rows:
-        click.echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # there, the rows were seen as they came
+        click.echo(HEADER)
+        for row in rows:
+            click.echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
     if run.best is None:
         return
     click.echo(f"\nbest validation perplexity {run.best['val_ppl']:.2f} at step {run.best['step']}")
@@ -165,8 +166,7 @@ def _print_run(run, as_json: bool) -> None:
         for level, title, row in report.milestones(rows):
             reached = "not reached" if row is None else f"{row['train_seconds']:.0f} s of training"
             click.echo(f"  PPL {level:5.2f}  {reached:22}  (published: {title})")
-    sample = report.first_sample(run.folder)
-    if sample:
+    for sample in run.record["samples"][:1]:
         click.echo(f"\nsample: {sample}")
     click.echo(f"\nleft in {run.folder}/: report.md, curves.png, history.csv, run.json, model/, checkpoints/")
 
@@ -238,7 +238,7 @@ def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: boo
 
 def entry() -> None:
     """Run the command; expected failures become one message and exit status 1."""
-    from newllm_lib.trainer import TrainingError
+    from newllm_lib.step import TrainingError
 
     try:
         main.main(standalone_mode=True)

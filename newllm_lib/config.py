@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import textwrap
 import types
@@ -298,7 +299,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a configuration class, read from its source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     docs = {}
-    for line, following in zip(body, body[1:], strict=False):
+    for line, following in itertools.pairwise(body):
         if isinstance(line, ast.AnnAssign) and isinstance(following, ast.Expr):
             docs[line.target.id] = inspect.cleandoc(following.value.value)
     return docs

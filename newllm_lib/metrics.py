@@ -91,8 +91,8 @@ def evaluate_split(
     device = model.output.weight.device
     ids = torch.from_numpy(split.ids)
     sums, context = MetricSums(), None
-    for batch in ids if split.carries_context else ids.split(batch_size):
-        batch = batch.to(device, torch.int64)
+    for rows in ids if split.carries_context else ids.split(batch_size):
+        batch = rows.to(device, torch.int64)
         targets = batch[:, 1:]
         with precision.autocast(device.type):
             hidden, after = model.hidden(batch[:, :-1], context, (targets != PAD).sum(1), engine=engine)

@@ -6,7 +6,7 @@ from typing import Any
 
 from newllm_lib import published, schedule
 from newllm_lib.config import ModelConfig, RunConfig
-from newllm_lib.hardware import choose_precision, default_batch_size, detect
+from newllm_lib.hardware import Machine, Precision, choose_precision, default_batch_size, detect
 from newllm_lib.recurrence import get_engine
 from newllm_lib.text.prepare import prepare
 from newllm_lib.trainer import Setup
@@ -23,8 +23,7 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None) -> Setu
     machine = detect(train.device, train.threads)
     if train.batch_size is None:
         config = config.replace(batch_size=decided.get("batch_size", default_batch_size(machine)))
-    wanted = decided.get("precision", "auto") if train.precision == "auto" else train.precision
-    precision = choose_precision(wanted, machine)
+    precision = _precision(train.precision, decided.get("precision"), machine)
     engine_name, engine = get_engine(decided.get("engine", "auto") if train.engine == "auto" else train.engine)
     prepared = prepare(config)
     identity = identity_of(config, train.batch_size, prepared.fingerprint)
@@ -43,6 +42,14 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None) -> Setu
         validation_split=prepared.split("validation"),
         rate=schedule.peak_rate(config.train, config.model.num_parameters),
     )
+
+
+def _precision(requested: str, decided: str | None, machine: Machine) -> Precision:
+    """What was asked for, or what an earlier part of the run used, or the best of the machine."""
+    if requested != "auto" or decided is None:
+        return choose_precision(requested, machine)
+    chosen = choose_precision(decided, machine)
+    return chosen if chosen.substituted else Precision(decided, "as this run began")
 
 
 def identity_of(config: RunConfig, batch_size: int | None, fingerprint: str) -> str:
@@ -109,7 +116,8 @@ def plan_lines(setup: Setup, folder: str) -> list[tuple[str, str]]:
         ("run", folder),
         ("model", f"{model.num_parameters:,} parameters ({model.num_layers} layers of {model.hidden_dim}, "
                   f"embedding {model.embed_dim}, context {model.context_dim}, vocabulary {model.vocab_size})"),
-        ("data", f"{setup.prepared.corpus_name}: {texts['train']:,} training and {texts['validation']:,} validation texts"),
+        ("data", f"{setup.prepared.corpus_name}: {texts['train']:,} training and {texts['validation']:,} "
+                 "validation texts"),
         ("sequences", _sequences_line(setup)),
         ("tokens", f"{train_split.num_tokens:,} an epoch, {validation.num_tokens:,} in validation"),
         ("device", f"{setup.machine.name} ({setup.machine.device}, {setup.machine.threads} threads)"),
@@ -130,8 +138,8 @@ def _sequences_line(setup: Setup) -> str:
     data, split, held = setup.config.data, setup.train_split, setup.validation_split
     if split.carries_context:
         return (
-            f"{len(split.ids):,} chunks of {data.sequence_length} ids in {split.ids.shape[1]} lanes, the context carried; "
-            f"validation in {held.ids.shape[1]} lanes"
+            f"{len(split.ids):,} chunks of {data.sequence_length} ids in {split.ids.shape[1]} lanes, the context "
+            f"carried; validation in {held.ids.shape[1]} lanes"
         )
     return (
         f"{len(split.ids):,} training and {len(held.ids):,} validation, {data.sequence_length} ids each "

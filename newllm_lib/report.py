@@ -91,18 +91,14 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, A
     if known:
         _plot_published(known, loss, ppl, accuracy)
     best = min(history, key=lambda row: row["val_loss"])
-    ppl.plot([best["epoch"]], [best["val_ppl"]], "*", color=_BLUE, markersize=13)
-    ppl.annotate(
-        f"best {best['val_ppl']:.2f}",
-        (best["epoch"], best["val_ppl"]),
-        (-6, 12),
-        textcoords="offset points",
-        ha="right",
-    )
+    star = {"color": _BLUE, "markersize": 13, "linestyle": "none", "label": f"best: {best['val_ppl']:.2f}"}
+    ppl.plot([best["epoch"]], [best["val_ppl"]], marker="*", **star)
     if record["published_protocol"]:
         _mark_levels(ppl, accuracy, [row["val_ppl"] for row in history])
-    ppl.set_yscale("log")
-    _plain_log_ticks(ppl)
+    shown = [row["val_ppl"] for row in history] + ([value for _, value in known.curve] if known else [])
+    if max(shown) > 4 * min(shown):
+        ppl.set_yscale("log")
+        _plain_log_ticks(ppl)
     titles = (
         ("Loss (nats a token)", loss),
         ("Perplexity (lower is better)", ppl),
@@ -162,7 +158,7 @@ def _plain_log_ticks(axes) -> None:
 # --- the written report -----------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, Any]], samples: list[str]) -> None:
+def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """report.md: what was run, what came out, against what was published, every validation, samples."""
     parts = [
         f"# {record['run']}",
@@ -178,7 +174,8 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
         "## Every validation",
         _history_table(record, history),
         "## Samples",
-        "\n\n".join(f"> {sample}" for sample in samples) or "None: the run has no trained weights yet.",
+        "After the first words (bold) of long validation texts; temperature 0.8, `<UNK>` left out.",
+        "\n\n".join(f"> {sample}" for sample in record["samples"]) or "None: the run has no trained weights yet.",
         "",
     ]
     write_text_atomic(folder / "report.md", "\n\n".join(parts))
@@ -203,10 +200,11 @@ def _summary(record: dict[str, Any]) -> str:
 
 def _provenance(record: dict[str, Any]) -> str:
     environment = record["environment"]
+    commands = "Command: " + ", then ".join(f"`{text}`" for text in record["commands"])
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     commit = environment["git_commit"] or "unknown (not run from a checkout)"
     return (
-        f"Command: `{record['command']}`\n\nCommit: {commit}. {versions}. Seed {record['config']['train']['seed']}. "
+        f"{commands}\n\nCommit: {commit}. {versions}. Seed {record['config']['train']['seed']}. "
         f"Data sha256 {record['data']['fingerprint'][:16]}…"
     )
 
@@ -288,9 +286,3 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
-
-
-def first_sample(folder: Path) -> str | None:
-    """The first sample of a run's report."""
-    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
-    return next((line[2:] for line in lines if line.startswith("> ")), None)

@@ -12,20 +12,21 @@ import torch
 
 from newllm_lib import presets, published, report
 from newllm_lib.checkpoint import CheckpointError, Checkpoints, export_model, load_checkpoint, load_exported
-from newllm_lib.config import ModelConfig, RunConfig, build
-from newllm_lib.generate import generate_text
+from newllm_lib.config import BOS, ModelConfig, RunConfig, build
+from newllm_lib.generate import generate
 from newllm_lib.hardware import choose_precision, detect, environment
 from newllm_lib.metrics import Metrics, evaluate_split
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import is_published_protocol, make_setup, plan_lines, unfaithful_reason
 from newllm_lib.progress import Progress, TerminalProgress
 from newllm_lib.recurrence import get_engine
+from newllm_lib.step import TrainingError
 from newllm_lib.text.prepare import prepare
 from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
-from newllm_lib.trainer import Setup, Trainer, TrainingError
+from newllm_lib.trainer import Setup, Trainer
 
-SAMPLE_SEEDS = (1, 2, 3)
-SAMPLE_TOKENS = 60
+SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
+"""A report's samples: how many, after how many tokens of a validation text, of how many tokens."""
 
 
 class Run:
@@ -97,15 +98,18 @@ def train(
     TrainingError when training breaks down; in each case what was on disk stays valid.
     """
     progress = progress or TerminalProgress()
-    requested = resolve(config, **overrides)
-    setup, folder = _setup_and_folder(requested, fresh, progress)
-    checkpoints = Checkpoints(folder / "checkpoints", folder.name)
+    setup, folder, earlier = _setup_and_folder(resolve(config, **overrides), fresh, progress)
     model = NewLLM(setup.config.model)
     model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
     model.to(setup.machine.device)
-    trainer = Trainer(setup, model, checkpoints, progress)
+    trainer = Trainer(setup, model, Checkpoints(folder / "checkpoints", folder.name), progress)
     continued = _continue(trainer, progress)
-    writer = _Writer(trainer, folder)
+    if trainer.ended() and earlier.get("status") == trainer.ended():
+        progress.message(
+            f"this run has already {trainer.ended()}: {folder} (more: --epochs or --max-steps; anew: --fresh)"
+        )
+        return Run(folder)
+    writer = _Writer(trainer, folder, earlier.get("commands", []))
     if not continued:
         for name, text in plan_lines(setup, str(folder)):
             progress.message(f"{name:>10}  {text}")
@@ -114,16 +118,17 @@ def train(
     return _fit(trainer, writer, progress)
 
 
-def _setup_and_folder(requested: RunConfig, fresh: bool, progress: Progress) -> tuple[Setup, Path]:
-    """Decide on the folder, then let what an earlier part of the run decided stand."""
+def _setup_and_folder(requested: RunConfig, fresh: bool, progress: Progress) -> tuple[Setup, Path, dict[str, Any]]:
+    """The folder, its record where a run is there already, and the setup in which that run's decisions stand."""
     setup = make_setup(requested)
     folder = run_folder(setup)
     if fresh and folder.exists():
         kept = _set_aside(folder)
         progress.message(f"starting over; the old run is kept as {kept}")
-    elif (folder / "run.json").exists():
-        setup = make_setup(requested, report.read_record(folder)["decided"])
-    return setup, folder
+    if not (folder / "run.json").exists():
+        return setup, folder, {}
+    earlier = report.read_record(folder)
+    return make_setup(requested, earlier["decided"]), folder, earlier
 
 
 def run_folder(setup: Setup) -> Path:
@@ -154,8 +159,6 @@ def _continue(trainer: Trainer, progress: Progress) -> bool:
 
 def _fit(trainer: Trainer, writer: _Writer, progress: Progress) -> Run:
     """Train to the end and write what the run leaves behind, however it ends."""
-    folder = writer.folder
-    done = trainer.ended()
     trainer.on_validation = writer.validated
     writer.write("running")
     status = "failed"
@@ -171,20 +174,19 @@ def _fit(trainer: Trainer, writer: _Writer, progress: Progress) -> Run:
     finally:
         progress.close()
         writer.write(status)
-    if status == "interrupted":
-        progress.message(f"interrupted and saved at step {trainer.state.step}; the same command continues: {command()}")
-    elif done:
-        progress.message(f"this run has already {done}: {folder} (more: --epochs or --max-steps; anew: --fresh)")
-    return Run(folder)
+        if status == "interrupted":
+            progress.message(f"interrupted at step {trainer.state.step}; the same command continues it: {command()}")
+    return Run(writer.folder)
 
 
 class _Writer:
     """Keeps the run's folder up to date while it trains."""
 
-    def __init__(self, trainer: Trainer, folder: Path):
+    def __init__(self, trainer: Trainer, folder: Path, earlier_commands: list[str]):
         self.trainer, self.folder = trainer, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.record = self._fixed()
+        commands = [*earlier_commands, command()]
+        self.record = self._fixed() | {"commands": list(dict.fromkeys(commands)), "samples": []}
 
     def _fixed(self) -> dict[str, Any]:
         setup = self.trainer.setup
@@ -196,7 +198,6 @@ class _Writer:
             "preset": setup.config.preset,
             "status": "running",
             "identity": setup.identity,
-            "command": command(),
             "parameters": setup.config.model.num_parameters,
             "published_protocol": is_published_protocol(setup),
             "faithful": None if setup.config.preset not in published.RUNS else reason is None,
@@ -229,11 +230,12 @@ class _Writer:
     def write(self, status: str) -> None:
         """Everything, with the run's status."""
         history = self.trainer.state.history
+        self.record["samples"] = self._samples() if status != "running" else []
         self._write_record(status)
         report.write_history(self.folder, history)
         if history:
             report.write_curves(self.folder, self.record, history)
-        report.write_report(self.folder, self.record, history, self._samples() if status != "running" else [])
+        report.write_report(self.folder, self.record, history)
 
     def _write_record(self, status: str) -> None:
         state, setup = self.trainer.state, self.trainer.setup
@@ -246,10 +248,19 @@ class _Writer:
         report.write_record(self.folder, self.record)
 
     def _samples(self) -> list[str]:
+        """Texts that the best weights write after the first words of validation texts."""
         if not (self.folder / "model" / "model.safetensors").exists():
             return []
         model, tokenizer = load_exported(self.folder / "model")
-        return [generate_text(model, tokenizer, seed=seed, max_new_tokens=SAMPLE_TOKENS) for seed in SAMPLE_SEEDS]
+        texts = self.trainer.setup.prepared.texts["validation"]
+        longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
+        samples = []
+        for seed, index in enumerate(longest):
+            prompt = torch.tensor([[BOS, *texts[index][:SAMPLE_PROMPT_TOKENS].tolist()]])
+            generator = torch.Generator().manual_seed(seed)
+            new = generate(model.eval(), prompt, SAMPLE_TOKENS, generator=generator).tokens
+            samples.append(f"**{tokenizer.decode(prompt[0])}** {tokenizer.decode(new[0])}")
+        return samples
 
 
 def load(folder: str | Path) -> Run:

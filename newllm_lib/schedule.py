@@ -49,15 +49,16 @@ def peak_rate(train: TrainConfig, num_parameters: int) -> Rate:
 def rate_factor(step: int, train: TrainConfig, decay_steps: int) -> float:
     """Share of the peak rate that optimizer step `step` (from 0) uses.
 
-    Linear warm-up that reaches 1 at step `warmup_steps - 1`, then constant, or half a cosine that reaches
-    `lr_final_fraction` at step `decay_steps - 1` and stays there (Loshchilov & Hutter 2016, arXiv 1608.03983).
+    Linear warm-up to 1 at step `warmup_steps - 1`, then constant, or half a cosine from 1 at step `warmup_steps` to
+    `lr_final_fraction` at step `decay_steps`, the first that is not taken (Loshchilov & Hutter 2016, arXiv
+    1608.03983); later steps stay there.
     """
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     if train.lr_schedule == "constant":
         return 1.0
     span = max(1, decay_steps - train.warmup_steps)
-    progress = min(1.0, (step + 1 - train.warmup_steps) / span)
+    progress = min(1.0, (step - train.warmup_steps) / span)
     final = train.lr_final_fraction
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -1,4 +1,4 @@
-"""Training: `optimizer_step` from batch to update on one screen, and `Trainer.fit` around it."""
+"""`Trainer.fit`: batch after batch, validations and checkpoints between them, stopped and continued at any step."""
 
 from __future__ import annotations
 
@@ -27,85 +27,13 @@ from newllm_lib.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
-from newllm_lib.config import PAD, RunConfig
+from newllm_lib.config import RunConfig
 from newllm_lib.hardware import Machine, Precision, peak_memory_bytes
-from newllm_lib.metrics import evaluate_split, token_losses
+from newllm_lib.metrics import evaluate_split
 from newllm_lib.model import NewLLM
-from newllm_lib.optimizers import make_optimizers, set_rates
 from newllm_lib.progress import Progress
-from newllm_lib.recurrence import Dropout
+from newllm_lib.step import StepResult, TrainingError, make_optimizers, optimizer_step, set_rates
 from newllm_lib.text.prepare import Prepared, Split
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and that the last good checkpoint stays."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    nll: float
-    """Sum over the targets of the batch (nats)."""
-    tokens: int
-    """Real targets of the batch."""
-    grad_norm: float
-    """Global norm of the gradient before clipping."""
-    skipped: bool
-    """Whether the update was left out because a gradient was not finite (FP16 only)."""
-    context: Tensor
-    """(B, C) after the batch, detached."""
-
-
-def optimizer_step(
-    model: NewLLM,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    ids: Tensor,
-    *,
-    engine: Callable,
-    precision: Precision,
-    clip: float,
-    micro_batch: int | None = None,
-    dropout_seed: int = 0,
-    context: Tensor | None = None,
-) -> StepResult:
-    """One update from ids (B, S) int64: the mean loss over the batch's real targets, however it is cut up.
-
-    `micro_batch` rows at a time go forward and backward. A non-finite loss, or without a scaler a non-finite
-    gradient, raises TrainingError before any weight changes.
-    """
-    rows, device = len(ids), ids.device
-    tokens, targets = ids[:, :-1], ids[:, 1:]
-    lengths = (targets != PAD).sum(1)
-    num_targets = int(lengths.sum())
-    nll_sum, contexts = torch.zeros((), dtype=torch.float64, device=device), []
-    for start in range(0, rows, micro_batch or rows):
-        part = slice(start, start + (micro_batch or rows))
-        rate = model.config.dropout
-        dropout = Dropout(rate, dropout_seed + start, device) if rate else None
-        before = None if context is None else context[part]
-        with precision.autocast(device.type):
-            hidden, after = model.hidden(tokens[part], before, lengths[part], dropout, engine)
-            nll, _ = token_losses(hidden, model.head, targets[part])
-        scaler.scale(nll.sum() / num_targets).backward()
-        nll_sum += nll.detach().sum()
-        contexts.append(after.detach())
-    if not math.isfinite(nll_sum):
-        raise TrainingError(f"the loss is {float(nll_sum)}: the weights have left the range in which they can learn")
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-    skipped = not math.isfinite(norm)
-    if skipped and not scaler.is_enabled():
-        raise TrainingError(f"the gradient norm is {norm} though the loss is finite")
-    if not skipped:
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-    scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return StepResult(float(nll_sum), num_targets, norm, skipped, torch.cat(contexts))
 
 
 @dataclass

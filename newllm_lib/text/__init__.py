@@ -1,1 +1,1 @@
-"""From text to integer arrays: `corpus` (where it comes from), `tokenizer`, `sequences`, and `prepare` for all three."""
+"""From text to integer arrays: `corpus` (where it comes from), `tokenizer`, `sequences`, `prepare` for all."""

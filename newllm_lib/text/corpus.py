@@ -179,7 +179,7 @@ def _builtin() -> Corpus:
     """The language reference in `pydoc_data.topics`: 460 to 510 KB of English by Python version.
 
     Every tenth topic by name is validation, the one after it test. Topics share paragraphs, so each paragraph is
-    taken once, and no text of one split stands in another.
+    taken once, and no text of one split stands in another. Drawn tables are left out.
     """
     from pydoc_data.topics import topics
 
@@ -188,7 +188,7 @@ def _builtin() -> Corpus:
     for index, name in enumerate(sorted(topics)):
         split = {8: "validation", 9: "test"}.get(index % 10, "train")
         for text in split_units(topics[name], "paragraph"):
-            if text not in seen:
+            if text not in seen and "--+--" not in text:
                 seen.add(text)
                 splits[split].append(text)
     return Corpus("builtin", splits)

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from newllm_lib import metrics
+from newllm_lib.metrics import MetricSums, token_losses
+
+
+def case(dtype, rows=3, length=7, width=5, vocab=9):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(rows, length, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(vocab, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (rows, length), generator=generator)
+    assert (targets == 0).any()
+    return hidden, weight, bias, targets
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 9, 40, 1 << 23])
+def test_token_losses_equal_cross_entropy_in_values_and_gradients(chunk_logits, monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_LOGITS", chunk_logits)
+    hidden, weight, bias, targets = case(torch.float64)
+    scale = torch.randn(int((targets != 0).sum()), dtype=torch.float64)
+    nll, correct = token_losses(hidden, (weight, bias), targets)
+    found = torch.autograd.grad((nll * scale).sum(), (hidden, weight, bias))
+    logits = linear(hidden, weight, bias)[targets != 0]
+    expected_nll = cross_entropy(logits, targets[targets != 0], reduction="none")
+    expected = torch.autograd.grad((expected_nll * scale).sum(), (hidden, weight, bias))
+    torch.testing.assert_close(nll, expected_nll, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert torch.equal(correct, logits.argmax(1) == targets[targets != 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_token_losses_under_autocast_stay_near_float64(dtype):
+    hidden, weight, bias, targets = case(torch.float32, rows=8, length=30, width=64, vocab=50)
+    with torch.autocast("cpu", dtype=dtype):
+        nll, _ = token_losses(hidden, (weight, bias), targets)
+    assert nll.dtype == torch.float32
+    found = torch.autograd.grad(nll.mean(), (hidden, weight, bias))
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias)]
+    exact, _ = token_losses(exact_inputs[0], tuple(exact_inputs[1:]), targets)
+    expected = torch.autograd.grad(exact.mean(), exact_inputs)
+    torch.testing.assert_close(nll.double(), exact, rtol=0.02, atol=0.2)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert (got.double() - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_perplexity_is_weighted_by_tokens_with_literal_values():
+    sums = MetricSums()
+    sums.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, False]), torch.tensor([1, 5, 6]))
+    sums.add(torch.tensor([4.0]), torch.tensor([True]), torch.tensor([7]))
+    result = sums.result()
+    assert result.loss == 2.5  # 10 / 4, where a mean of batch means would give 3
+    assert result.perplexity == pytest.approx(12.182494)
+    assert result.accuracy == 0.5
+    assert result.loss_known == 3.0  # without the target 1, <UNK>
+    assert result.perplexity_known == pytest.approx(20.085537)
+    assert result.accuracy_known == pytest.approx(1 / 3)
+    assert result.unknown_share == 0.25
+    assert result.tokens == 4
+
+
+def test_only_unknown_targets_leave_no_known_perplexity():
+    sums = MetricSums()
+    sums.add(torch.tensor([1.0]), torch.tensor([True]), torch.tensor([1]))
+    assert math.isnan(sums.result().perplexity_known)
+
+
+def test_an_enormous_loss_is_an_infinite_perplexity():
+    assert metrics.perplexity(1e6, 1) == math.inf
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(ValueError, match="no token to score"):
+        MetricSums().result()
