@@ -25,5 +25,5 @@ setup(
         "click>=8.1",
     ],
     extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9"]},
-    entry_points={"console_scripts": ["newllm = newllm_lib.cli:entry"]},
+    entry_points={"console_scripts": ["newllm = newllm_lib.cli:main"]},
 )

@@ -1,5 +1,5 @@
 """`python -m newllm_lib` is the command `newllm`."""
 
-from newllm_lib.cli import entry
+from newllm_lib.cli import main
 
-entry()
+main(prog_name="newllm")

@@ -105,7 +105,22 @@ def overrides_of(options: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value is _NONE else value for key, value in given.items()}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118})
+class Messages(click.Group):
+    """Expected failures become one message and exit status 1; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        from newllm_lib.step import TrainingError
+
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, TrainingError) as error:
+            if os.environ.get("NEWLLM_DEBUG"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Messages, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118})
 @click.version_option(package_name="newllm_lib", prog_name="newllm")
 def main() -> None:
     """Train, study and share New-LLM, a language model with a fixed-size context instead of attention."""
@@ -236,18 +251,5 @@ def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: boo
     click.echo(json.dumps(texts, ensure_ascii=False, indent=2) if as_json else "\n\n".join(texts))
 
 
-def entry() -> None:
-    """Run the command; expected failures become one message and exit status 1."""
-    from newllm_lib.step import TrainingError
-
-    try:
-        main.main(standalone_mode=True)
-    except (ValueError, OSError, TrainingError) as error:
-        if os.environ.get("NEWLLM_DEBUG"):
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    entry()
+    main()

@@ -124,6 +124,10 @@ class Trainer:
             self._save(self.checkpoints.final)
         return ended
 
+    def request_stop(self) -> None:
+        """Let `fit` end after the step it is in, as Ctrl-C does."""
+        self._stop.requested = True
+
     def ended(self) -> str:
         """'finished' or 'stopped early' when nothing is left to train, else ''."""
         train, state = self.setup.config.train, self.state
