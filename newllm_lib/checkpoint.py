@@ -147,11 +147,13 @@ def load_checkpoint(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _read(data: bytes, path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(io.BytesIO(data)):  # as every file of torch.save is
+        raise CheckpointError(f"{path}: not a readable checkpoint ({len(data)} bytes)")
     try:
         payload = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: it holds more than tensors and plain values") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({len(data)} bytes)") from error
     if not isinstance(payload, dict) or "format_version" not in payload:
         raise CheckpointError(f"{path}: not a checkpoint of newllm_lib")

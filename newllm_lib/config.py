@@ -13,6 +13,8 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
+import operator
 import textwrap
 import types
 import typing
@@ -111,6 +113,12 @@ class DataConfig(Checked):
     eval_lanes: int = setting(32, 1, 1_000_000)
     """Parallel pieces a stream is evaluated in, each from an empty context (lanes; stream only)."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        sources = self.data if isinstance(self.data, tuple) else (self.data,)
+        if not sources or not all(isinstance(source, str) and source for source in sources):
+            raise ValueError(f"DataConfig.data = {self.data!r}: must be a corpus, a folder, or one or more text files")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked):
@@ -188,13 +196,22 @@ class TrainConfig(Checked):
         self._check_clip()
 
     def _check_clip(self):
-        pairs = self.clip_by_epoch
-        ordered = all(len(pair) == 2 and pair[1] > 0 for pair in pairs) and list(pairs) == sorted(set(pairs))
-        if not pairs or not ordered or pairs[0][0] != 0 or len({epoch for epoch, _ in pairs}) != len(pairs):
+        try:
+            pairs = tuple((operator.index(epoch), float(norm)) for epoch, norm in self.clip_by_epoch)
+        except (TypeError, ValueError):
+            pairs = ()
+        epochs = [epoch for epoch, _ in pairs]
+        if (
+            not pairs
+            or epochs[0] != 0
+            or epochs != sorted(set(epochs))
+            or not all(0 < norm < math.inf for _, norm in pairs)
+        ):
             raise ValueError(
-                f"TrainConfig.clip_by_epoch = {pairs!r}: must be (epoch, norm) pairs with rising epochs, the first 0, "
-                "and norms above 0, for example ((0, 0.5), (10, 1.0))"
+                f"TrainConfig.clip_by_epoch = {self.clip_by_epoch!r}: must be (epoch, norm) pairs with rising epochs, "
+                "the first 0, and norms above 0, for example ((0, 0.5), (10, 1.0))"
             )
+        object.__setattr__(self, "clip_by_epoch", pairs)  # whole norms as floats: equal settings, equal identities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +246,8 @@ class RunConfig(Checked):
         for key, value in flat.items():
             if key not in owners:
                 close = difflib.get_close_matches(key, owners, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"unknown setting {key!r}{hint} Known: {', '.join(sorted(owners))}")
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown setting {key!r}.{hint} Known: {', '.join(sorted(owners))}")
             changes.setdefault(owners[key].section, {})[key] = value
         own = changes.pop("run", {})
         parts = {name: dataclasses.replace(getattr(self, name), **values) for name, values in changes.items()}

@@ -24,7 +24,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; what was there is unchanged") from error
+        reason = error.strerror or error  # NumPy's "n requested and m written" has no number
+        raise OSError(error.errno, f"cannot write {path}: {reason}; what was there is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

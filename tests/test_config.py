@@ -36,6 +36,8 @@ NAME_RULE = 'must be a plain folder name, without / \\ : * ? " < > | and not sta
     [
         (TrainConfig, {"lr": -0.5}, "TrainConfig.lr = -0.5: must be a number above 0 to 100, or none"),
         (TrainConfig, {"lr": float("nan")}, "TrainConfig.lr = nan: must be a number above 0 to 100, or none"),
+        (TrainConfig, {"lr": 0}, "TrainConfig.lr = 0.0: must be a number above 0 to 100, or none"),
+        (TrainConfig, {"lr": True}, "TrainConfig.lr = True: must be a number above 0 to 100, or none"),
         (ModelConfig, {"vocab_size": 4}, "ModelConfig.vocab_size = 4: must be a whole number from 5 to 1000000"),
         (ModelConfig, {"dropout": 1.0}, "ModelConfig.dropout = 1.0: must be a number from 0 to below 1"),
         (ModelConfig, {"num_layers": True}, "ModelConfig.num_layers = True: must be a whole number from 1 to 1000"),
@@ -103,7 +105,7 @@ def test_replace_checks_values_too():
 
 
 def test_an_unknown_setting_suggests_the_nearest():
-    with pytest.raises(ValueError, match="unknown setting 'droput'; did you mean 'dropout'"):
+    with pytest.raises(ValueError, match="unknown setting 'droput'. Did you mean 'dropout'"):
         RunConfig().replace(droput=0.3)
 
 

@@ -243,8 +243,9 @@ def test_the_fingerprint_is_of_the_content_not_the_place(write_corpus, tmp_path)
         {"valid": ["e"], "test": ["f", "g"]},
         {"train": ["a", "b", "c", "d"]},
         {"test": None},
+        {"train": ["a b", "c", "de", "f"], "valid": ["g"], "test": None},
     ],
-    ids=["a-letter", "order", "moved-to-valid", "moved-to-test", "cut-otherwise", "no-test"],
+    ids=["a-letter", "order", "moved-to-valid", "moved-to-test", "cut-otherwise", "no-test", "ends-of-splits"],
 )
 def test_the_fingerprint_tells_other_content(write_corpus, changed):
     texts = {"train": ["a b", "c", "d"], "valid": ["e", "f"], "test": ["g"]}

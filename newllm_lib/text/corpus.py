@@ -55,8 +55,6 @@ def load_corpus(config: DataConfig) -> Corpus:
     UTF-8, lacks a split, or cannot be reached.
     """
     sources = config.data if isinstance(config.data, tuple) else (config.data,)
-    if not sources:
-        raise ValueError("DataConfig.data is empty: give a corpus name, a folder or text files")
     if len(sources) == 1:
         if sources[0] == "builtin":
             return _builtin()
@@ -137,6 +135,7 @@ def split_texts(
     held_out = 1 if len(texts) >= 3 else 0
     num_test = max(held_out, round(len(texts) * test_fraction))
     num_validation = max(held_out, round(len(texts) * validation_fraction))
+    num_validation = min(num_validation, len(texts) - num_test)
     first = len(texts) - num_test - num_validation
     return texts[:first], texts[first : len(texts) - num_test], texts[len(texts) - num_test :]
 
@@ -152,9 +151,10 @@ def read_texts(path: Path, unit: str) -> list[str]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        start = error.start + len(raw) - len(error.object)  # the decoder counts from behind a byte order mark
+        line = raw.count(b"\n", 0, start) + 1
         raise ValueError(
-            f"data {path}: not UTF-8 at byte {error.start} (line {line}); convert it, for example: "
+            f"data {path}: not UTF-8 at byte {start} (line {line}); convert it, for example: "
             f"iconv -f latin1 -t utf-8 {path.name}"
         ) from error
     texts = split_units(text, unit)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def _encode_cached(
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     try:
         return _read_cache(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         tokenizer = tokenizer or WordTokenizer.train(corpus.splits["train"], vocab_size)
     texts = {
         split: EncodedTexts.from_lists([tokenizer.encode(text) for text in corpus.splits[split]])

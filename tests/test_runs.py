@@ -1,0 +1,259 @@
+"""Runs as users call them from Python: the folder they leave, continuing, comparing with what was published."""
+
+import csv
+import json
+import os
+
+import pytest
+import torch
+from tiny import RECIPE, SHAPE, StopAt, result_of, same, tiny_config, write_text
+
+import newllm_lib as nl
+from newllm_lib import published, report, runs
+from newllm_lib.checkpoint import CheckpointError
+from newllm_lib.progress import Progress
+
+
+class Quiet(Progress):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path / "text")
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    return tiny_config(text, results_dir=str(tmp_path / "results"))
+
+
+def test_a_run_leaves_the_files_of_the_design(config):
+    run = nl.train(config, progress=Quiet())
+    left = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
+    name = run.folder.name
+    assert name.startswith("tiny-")
+    assert len(name) == len("tiny-") + 6
+    assert left == {
+        "run.json", "history.csv", "curves.png", "report.md", "model/model.safetensors", "model/config.json",
+        "model/tokenizer.json", f"checkpoints/best_{name}.pt", f"checkpoints/best_{name}.pt.json",
+        f"checkpoints/{name}_final.pt", f"checkpoints/{name}_final.pt.json",
+    }  # fmt: skip
+    assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_record_and_the_history_agree_with_each_other_and_the_model(config):
+    run = nl.load(nl.train(config, progress=Quiet()).folder)
+    rows = list(csv.DictReader((run.folder / "history.csv").open()))
+    assert tuple(rows[0]) == report.HISTORY_COLUMNS
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    assert run.best["step"] == int(best["step"])
+    assert run.record["status"] == "finished"
+    assert run.record["peak_memory_bytes"] > 0
+    assert run.record["decided"] == {"batch_size": 8, "precision": "fp32", "engine": "reference"}
+    assert run.history["val_ppl"].min() == pytest.approx(run.best["val_ppl"])
+    assert run.record["parameters"] == sum(p.numel() for p in run.model.parameters())
+    assert run.config.model == config.replace(vocab_size=34).model  # 30 words and the special ids
+    assert nl.evaluate(run).loss == pytest.approx(run.best["val_loss"], abs=1e-6)
+    assert run.record["environment"]["versions"]["torch"] == torch.__version__
+    json.loads((run.folder / "run.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+
+
+def test_the_same_settings_continue_and_a_finished_run_says_so(config):
+    stop = StopAt(5)
+    original = runs.Trainer
+
+    def build(*args):
+        stop.trainer = original(*args)
+        return stop.trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "Trainer", build)
+        run = nl.train(config, progress=stop)
+    assert run.record["status"] == "interrupted"
+    assert run.record["step"] == 5
+    second = Quiet()
+    run = nl.train(config, progress=second)
+    assert any("continuing tiny-" in text and "step 5 of 16" in text for text in second.messages)
+    assert run.record["status"] == "finished"
+    third = Quiet()
+    before = (run.folder / "report.md").stat().st_mtime_ns
+    nl.train(config, progress=third)
+    assert any("already finished" in text for text in third.messages)
+    assert (run.folder / "report.md").stat().st_mtime_ns == before
+
+
+def test_a_moved_slider_makes_a_new_folder_and_more_epochs_do_not(config):
+    first = nl.train(config, progress=Quiet())
+    other = nl.train(config, lr=1e-3, progress=Quiet())
+    longer = nl.train(config, epochs=3, progress=Quiet())
+    assert other.folder != first.folder
+    assert longer.folder == first.folder
+    assert longer.record["step"] == 24
+
+
+def test_fresh_starts_over_and_keeps_the_old_folder(config):
+    first = nl.train(config, progress=Quiet())
+    again = nl.train(config, fresh=True, progress=Quiet())
+    assert again.folder == first.folder
+    kept = first.folder.with_name(first.folder.name + ".old-1")
+    assert nl.load(kept).best["val_loss"] == again.best["val_loss"]
+
+
+def test_a_named_folder_of_another_run_is_refused_and_unchanged(config, text):
+    run = nl.train(config, name="mine", progress=Quiet())
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="of a run with other settings: batch_size 8 there, 4 here"):
+        nl.train(config, name="mine", batch_size=4, progress=Quiet())
+    with pytest.raises(CheckpointError, match="vocab_size 34 there, 20 here"):
+        nl.train(config, name="mine", vocab_size=20, progress=Quiet())
+    (text / "train.txt").write_text((text / "train.txt").read_text() + "one more line of text\n")
+    with pytest.raises(CheckpointError, match="the data have changed since this checkpoint"):
+        nl.train(config, name="mine", progress=Quiet())
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_text_in_another_place_is_the_same_run(config, text, tmp_path):
+    first = nl.train(config, progress=Quiet())
+    moved = text.rename(tmp_path / "elsewhere")
+    again = nl.train(config, data=str(moved), progress=Quiet())
+    assert again.folder == first.folder
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(config):
+    run = nl.train(config, checkpoint_every_epochs=1, progress=Quiet())
+    final = run.folder / "checkpoints" / f"{run.folder.name}_final.pt"
+    best = run.folder / "checkpoints" / f"best_{run.folder.name}.pt"
+    os.truncate(final, 1000)
+    os.truncate(best, 1000)
+    said = Quiet()
+    again = nl.train(config, epochs=3, progress=said)
+    assert any(str(final) in text and "damaged" in text for text in said.messages)
+    assert again.record["step"] == 24
+
+
+def test_a_model_and_its_evaluation_on_other_data_and_splits(config, tmp_path):
+    run = nl.train(config, progress=Quiet())
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("train", "valid", "test"):
+        (other / f"{name}.txt").write_text("w1 w2 w3 w4 w5 unseen words here\n" * 3)
+    scores = nl.evaluate(run, str(other), split="test")
+    assert scores.tokens == 27
+    assert scores.unknown_share == pytest.approx(3 / 9)
+    with pytest.raises(ValueError, match=r"split 'test': the data text has train, validation"):
+        nl.evaluate(run, split="test")
+    with pytest.raises(ValueError, match="needs the model's tokenizer"):
+        nl.evaluate(run.model, str(other))
+    by_model = nl.evaluate(run.model, str(other), split="test", tokenizer=run.tokenizer, config=run.config)
+    assert by_model == scores
+
+
+def test_load_model_reads_a_run_a_model_folder_and_a_checkpoint(config):
+    run = nl.train(config, progress=Quiet())
+    places = [run.folder, run.folder / "model", run.folder / "checkpoints" / f"best_{run.folder.name}.pt"]
+    states = [runs.load_model(place)[0].state_dict() for place in places]
+    assert same(dict(states[0]), dict(states[1]))
+    assert same(dict(states[0]), dict(states[2]))
+
+
+def test_a_failed_run_says_where_it_stopped_and_keeps_what_it_had(config):
+    class Spoil(Quiet):
+        def step(self, step, *_rest):
+            if step == 5:
+                with torch.no_grad():
+                    self.trainer.model.output.bias.fill_(float("nan"))
+
+    spoil, original = Spoil(), runs.Trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "Trainer", lambda *args: setattr(spoil, "trainer", original(*args)) or spoil.trainer)
+        with pytest.raises(
+            nl.runs.TrainingError, match=r"the loss is nan.* Stopped at step 5; the newest checkpoint is"
+        ):
+            nl.train(config, name="bad", progress=spoil)
+    run = nl.load(f"{config.results_dir}/bad")
+    assert run.record["status"] == "failed"
+    assert run.best["step"] == 3
+
+
+def test_plan_decides_without_training_or_writing(config, tmp_path):
+    setup, lines = nl.plan(config)
+    text = dict(lines)
+    assert setup.total_steps == 16
+    assert text["steps"] == "16 (8 an epoch, 2.00 epochs)"
+    assert "parameters (2 layers of 12" in text["model"]
+    assert text["rate"].startswith(
+        "0.003: set directly (0.0001 at batch 32, not scaled by the batch would give 0.0001)"
+    )
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_batch_larger_than_the_data_is_named(config):
+    with pytest.raises(
+        ValueError, match=r"TrainConfig\.batch_size = 63: must be at most 62, the number of training seq"
+    ):
+        nl.plan(config, batch_size=63)
+    with pytest.raises(ValueError, match=r"TrainConfig\.batch_size = 500: must be at most \d+, so that each lane"):
+        nl.plan(config, batch_size=500, layout="stream")
+
+
+def test_a_batch_left_to_the_hardware_is_decided_recorded_and_kept(config):
+    first = nl.train(config, batch_size=None, max_steps=1, name="auto", progress=Quiet(), data="builtin")
+    assert first.record["decided"]["batch_size"] == 128
+    record = json.loads((first.folder / "run.json").read_text())
+    record["decided"]["batch_size"] = 16
+    (first.folder / "run.json").write_text(json.dumps(record))
+    for path in (first.folder / "checkpoints").iterdir():
+        path.unlink()
+    again = nl.train(config, batch_size=None, max_steps=1, name="auto", progress=Quiet(), data="builtin")
+    assert again.config.train.batch_size == 16
+
+
+def test_faithful_presets_say_when_they_are_not(text, tmp_path):
+    small = SHAPE | RECIPE | {"precision": "fp16", "max_steps": 2, "batch_size": 8, "results_dir": str(tmp_path)}
+    said = Quiet()
+    run = nl.train("l4_fp16", **small | {"data": str(text)}, progress=said)
+    assert run.record["faithful"] is False
+    assert "fp16 is not native to" in run.record["faithful_reason"]
+    assert "not those of the published protocol" in run.record["faithful_reason"]
+    assert any("warning: not faithful" in text for text in said.messages)
+    assert nl.train(tiny_config(text, results_dir=str(tmp_path)), progress=Quiet()).record["faithful"] is None
+
+
+def test_published_figures_stand_only_beside_the_published_protocol(config):
+    run = nl.train(config, progress=Quiet())
+    assert run.record["published_protocol"] is False
+    assert "Not comparable" in (run.folder / "report.md").read_text()
+
+
+def test_milestones_are_the_first_rows_at_or_below():
+    history = [{"val_ppl": ppl, "train_seconds": seconds} for ppl, seconds in ((40, 1), (30.78, 2), (25, 3), (24, 4))]
+    reached = [(level, row and row["train_seconds"]) for level, _, row in report.milestones(history)]
+    assert reached == [(30.78, 2), (26.03, 3), (23.34, None), (20.60, None)]
+
+
+def test_the_published_protocol_is_recognised_on_wikitext(wikitext):
+    setup, _ = nl.plan("quickstart", data=str(wikitext))
+    assert setup.validation_split.digest == published.VALIDATION_DIGEST
+    assert len(setup.train_split.ids) == 51_026
+
+
+def test_results_of_a_stopped_run_through_the_public_call_equal_one_piece(config, tmp_path):
+    """The same as for the trainer, once more through folders and run.json."""
+    trainers = []
+    original = runs.Trainer
+
+    def keep(*args):
+        trainers.append(original(*args))
+        return trainers[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "Trainer", keep)
+        nl.train(config, progress=Quiet())
+        for epochs in (1, 2):
+            nl.train(config, results_dir=str(tmp_path / "pieces"), epochs=epochs, progress=Quiet())
+    assert same(result_of(trainers[0])["model"], result_of(trainers[2])["model"])
