@@ -33,7 +33,7 @@ class FieldValue(click.ParamType):
         if not isinstance(value, str):
             return value
         if value.lower() == "none" and type(None) in kinds:
-            return None if str not in kinds else _NONE
+            return _NONE
         try:
             if self.item.name == "clip_by_epoch":
                 return tuple((int(epoch), float(norm)) for epoch, norm in (p.split(":") for p in value.split(",")))
@@ -45,6 +45,7 @@ class FieldValue(click.ParamType):
 
 
 _NONE = object()
+"""What 'none' becomes, until it is told apart from an option that was not given."""
 
 
 def _metavar(item: FlatField) -> str:

@@ -27,7 +27,7 @@ from newllm_lib.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
-from newllm_lib.config import RunConfig
+from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.hardware import Machine, Precision, peak_memory_bytes
 from newllm_lib.metrics import evaluate_split
 from newllm_lib.model import NewLLM
@@ -308,7 +308,7 @@ def difference(payload: dict[str, Any], setup: Setup) -> str:
         f"{key} {old[section].get(key)!r} there, {value!r} here"
         for section in ("model", "data", "train")
         for key, value in new[section].items()
-        if old[section].get(key) != value
+        if flat_fields()[key].metadata["identity"] and key != "data" and old[section].get(key) != value
     ]
     return "of a run with other settings: " + "; ".join(changed) + ". Use another --name, or --fresh"
 

@@ -146,7 +146,7 @@ USAGE, FAILED = 2, 1
         (["--lr", "-1"], USAGE, "TrainConfig.lr = -1.0: must be a number above 0 to 100, or none"),
         (["--lr", "fast"], USAGE, "Invalid value for '--lr': 'fast': must be a number above 0 to 100, or none"),
         (["--vocab-size", "4"], USAGE, "ModelConfig.vocab_size = 4: must be a whole number from 5 to 1000000"),
-        (["--batch-sizes", "4"], USAGE, "No such option: --batch-sizes"),
+        (["--batch-sizes", "4"], USAGE, "No such option '--batch-sizes'. (Did you mean one of"),
         (["--optimizer", "sgd"], USAGE, "TrainConfig.optimizer = 'sgd': must be one of adam, adamw, muon"),
         (["--clip-by-epoch", "5:1"], USAGE, "TrainConfig.clip_by_epoch = ((5, 1.0),): must be (epoch, norm) pairs"),
         (["--name", "a/b"], USAGE, "RunConfig.name = 'a/b': must be a plain folder name"),

@@ -105,7 +105,7 @@ def test_replace_checks_values_too():
 
 
 def test_an_unknown_setting_suggests_the_nearest():
-    with pytest.raises(ValueError, match="unknown setting 'droput'. Did you mean 'dropout'"):
+    with pytest.raises(ValueError, match=r"unknown setting 'droput'\. Did you mean 'dropout'"):
         RunConfig().replace(droput=0.3)
 
 
