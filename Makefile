@@ -6,7 +6,7 @@ VENV ?= .venv
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/newllm train quickstart --data builtin --name demo $(DEMO)
+	$(VENV)/bin/newllm train quickstart --data builtin --batch-size 32 --max-steps 120 --validate-every-steps 20 --name demo
 	$(VENV)/bin/newllm generate results/demo --prompt "the value of" --seed 1 --samples 2
 
 test: $(VENV)/.installed-dev
