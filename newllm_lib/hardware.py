@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -115,6 +117,17 @@ def _cpu_formats(machine: Machine) -> tuple[list[str], str]:
     if native:
         return ["bf16", "fp32"], f"{machine.name} has {' and '.join(native)}"
     return ["fp32"], f"{machine.name} has neither avx512_bf16 nor amx_bf16"
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` CPU threads inside, and as many as before after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def default_batch_size(machine: Machine) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from newllm_lib.config import PAD, UNK
 from newllm_lib.hardware import Precision
@@ -23,6 +23,9 @@ from newllm_lib.text.prepare import Split
 
 _CHUNK_LOGITS = 1 << 23
 """Logits that exist at one time (32 MiB in float32)."""
+_ROW_STEP = 256
+"""Rows are padded to a multiple of it: every new shape costs the CPU's bf16 library a compiled kernel of about 1 MiB,
+and the number of real targets differs from batch to batch."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,11 @@ def token_losses(hidden: Tensor, head: tuple[Tensor, Tensor], targets: Tensor) -
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLosses.apply(hidden[real].to(dtype), head[0].to(dtype), head[1].to(dtype), targets[real])
+        extra = -int(real.sum()) % _ROW_STEP
+        rows, wanted = pad(hidden[real].to(dtype), (0, 0, 0, extra)), pad(targets[real], (0, extra))
+        nll, correct = _TokenLosses.apply(rows, head[0].to(dtype), head[1].to(dtype), wanted)
+    count = len(wanted) - extra
+    return nll[:count], correct[:count]
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -165,5 +172,5 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
-    size = max(1, _CHUNK_LOGITS // vocab_size)
+    size = max(1, _CHUNK_LOGITS // vocab_size // _ROW_STEP) * _ROW_STEP
     return [slice(start, start + size) for start in range(0, rows, size)]

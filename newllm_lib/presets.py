@@ -82,10 +82,9 @@ def auto() -> RunConfig:
 
 
 def quickstart() -> RunConfig:
-    """Tuned: the same recipe in 400 steps, minutes on a CPU for a text of any size."""
-    return _derived(
-        auto(), "quickstart", batch_size=128, epochs=None, max_steps=400, dropout=0.0, validate_every_steps=50
-    )
+    """Tuned: the same recipe in 390 steps, minutes on a CPU for a text of any size."""
+    steps = {"epochs": None, "max_steps": 390, "validate_every_steps": 50}  # just under one epoch of WikiText-2
+    return _derived(auto(), "quickstart", batch_size=128, dropout=0.0, **steps)
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

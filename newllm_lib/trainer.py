@@ -28,7 +28,7 @@ from newllm_lib.checkpoint import (
     save_checkpoint,
 )
 from newllm_lib.config import RunConfig, flat_fields
-from newllm_lib.hardware import Machine, Precision, peak_memory_bytes
+from newllm_lib.hardware import Machine, Precision, cpu_threads, peak_memory_bytes
 from newllm_lib.metrics import evaluate_split
 from newllm_lib.model import NewLLM
 from newllm_lib.progress import Progress
@@ -114,7 +114,7 @@ class Trainer:
         """
         self.model.train()
         self._last_save = time.monotonic()
-        with self._stop.listening():
+        with self._stop.listening(), cpu_threads(self.setup.machine.threads):
             while not (ended := self.ended()) and not self._stop.requested:
                 self._train_batch()
             if not ended:

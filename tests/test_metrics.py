@@ -18,8 +18,9 @@ def case(dtype, rows=3, length=7, width=5, vocab=9):
     return hidden, weight, bias, targets
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 9, 40, 1 << 23])
-def test_token_losses_equal_cross_entropy_in_values_and_gradients(chunk_logits, monkeypatch):
+@pytest.mark.parametrize(("row_step", "chunk_logits"), [(1, 1), (1, 40), (4, 40), (5, 1), (256, 1 << 23)])
+def test_token_losses_equal_cross_entropy_in_values_and_gradients(row_step, chunk_logits, monkeypatch):
+    monkeypatch.setattr(metrics, "_ROW_STEP", row_step)
     monkeypatch.setattr(metrics, "_CHUNK_LOGITS", chunk_logits)
     hidden, weight, bias, targets = case(torch.float64)
     scale = torch.randn(int((targets != 0).sum()), dtype=torch.float64)

@@ -418,6 +418,19 @@ def test_training_works_outside_the_main_thread(text, tmp_path):
     assert outcome == ["finished"]
 
 
+def test_the_threads_of_the_configuration_are_used_and_put_back(text, tmp_path):
+    seen = []
+
+    class Watch(Progress):
+        def step(self, *_args):
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    tiny_trainer(tiny_setup(text, threads=2, epochs=1), tmp_path, Watch()).fit()
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == before != 2
+
+
 # --- it learns --------------------------------------------------------------------------------------------------
 
 WORDS, STOP = 6, 0.1
