@@ -68,7 +68,7 @@ def test_rates_come_from_their_rules():
 
 def test_quickstart_is_bounded_in_steps():
     train = presets.get("quickstart").train
-    assert (train.epochs, train.max_steps, train.batch_size) == (None, 400, 128)
+    assert (train.epochs, train.max_steps, train.batch_size) == (None, 390, 128)
 
 
 def test_an_unknown_preset_suggests_the_nearest():
