@@ -132,16 +132,16 @@ def _mark_levels(ppl, accuracy, reached: list[float]) -> None:
         if 0.85 * min(reached) <= level <= max(reached):
             ppl.axhline(level, color=_GREY, linewidth=0.8, linestyle=":")
             short = title.split(":")[0]
-            position = (0.98, level)
+            low = level < (min(reached) + max(reached)) / 2  # the curve falls to the right: write where it is not
             ppl.annotate(
                 f"{level:.2f}  {short}",
-                position,
+                (0.02 if low else 0.98, level),
                 (0, 2),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 fontsize=7.5,
                 color=_GREY,
-                ha="right",
+                ha="left" if low else "right",
             )
     accuracy.axhline(published.UNKNOWN_ACCURACY, color=_GREY, linewidth=0.8, linestyle=":", label="always <UNK>")
 
