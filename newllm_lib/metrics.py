@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
 from newllm_lib.config import PAD, UNK
@@ -21,8 +22,8 @@ from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import ENGINES
 from newllm_lib.text.prepare import Split
 
-_CHUNK_LOGITS = 1 << 23
-"""Logits that exist at one time (32 MiB in float32)."""
+_CHUNK_LOGITS = 1 << 19
+"""Logits that exist in FP32 at one time: 2 MiB, which stay in a CPU's cache between the passes over them."""
 _ROW_STEP = 256
 """Rows are padded to a multiple of it: every new shape costs the CPU's bf16 library a compiled kernel of about 1 MiB,
 and the number of real targets differs from batch to batch."""
@@ -121,8 +122,8 @@ def token_losses(hidden: Tensor, head: tuple[Tensor, Tensor], targets: Tensor) -
 
     hidden (B, T, H); head = weight (V, H) and bias (V,); targets (B, T) int64, PAD where there is none. Returns nll
     (N,) float32 (float64 for float64 input) in nats and correct (N,) bool, over the N targets that are not PAD in
-    row-major order. Logits are made, used and made again for the gradient in chunks, so (tokens x V) never exists
-    whole.
+    row-major order. Logits are made in chunks, so (tokens x V) never exists whole in FP32; what the gradient needs is
+    kept in the type of the products.
     """
     real = targets != PAD
     dtype = hidden.dtype
@@ -137,38 +138,47 @@ def token_losses(hidden: Tensor, head: tuple[Tensor, Tensor], targets: Tensor) -
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Linear layer and cross entropy together, chunk by chunk: nll = logsumexp(logits) - logits[target]."""
+    """Linear layer and cross entropy together: nll = logsumexp(logits) - logits[target].
+
+    The gradient d nll / d logits = softmax - onehot is made in the forward pass, chunk by chunk while the logits are
+    at hand, and kept in the type of the products; the backward pass is two large products.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        total_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_sum = torch.empty(len(hidden), dtype=total_dtype, device=hidden.device)
-        nll, correct = torch.empty_like(log_sum), torch.empty_like(log_sum, dtype=torch.bool)
+        """nll (N,) and correct (N,) for hidden (N, H), weight (V, H), bias (V,) and targets (N,)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        correct = torch.empty_like(nll, dtype=torch.bool)
+        slopes = (
+            torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+            if any(ctx.needs_input_grad)
+            else None
+        )
         for part in _chunks(len(hidden), len(weight)):
-            logits = linear(hidden[part], weight, bias).to(total_dtype)  # (n, V)
-            log_sum[part] = logits.logsumexp(1)
-            nll[part] = log_sum[part] - logits.gather(1, targets[part, None]).squeeze(1)
+            wanted = targets[part, None]
+            logits = linear(hidden[part], weight, bias)  # (n, V)
             correct[part] = logits.argmax(1) == targets[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
+            shares = logits.log_softmax(1, dtype=wide)
+            nll[part] = -shares.gather(1, wanted).squeeze(1)
+            if slopes is not None:
+                shares = shares.exp_()
+                slopes[part] = shares.scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
+        ctx.save_for_backward(hidden, weight, slopes)
         ctx.mark_non_differentiable(correct)
         return nll, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_nll: Tensor, _grad_correct: Tensor):
-        hidden, weight, bias, targets, log_sum = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=log_sum.dtype)
-        grad_bias = torch.zeros_like(bias, dtype=log_sum.dtype)
-        for part in _chunks(len(hidden), len(weight)):
-            logits = linear(hidden[part], weight, bias).to(log_sum.dtype)
-            grad = (logits - log_sum[part, None]).exp_()  # softmax; minus one at the target: d nll / d logits
-            grad[torch.arange(len(grad), device=grad.device), targets[part]] -= 1
-            grad.mul_(grad_nll[part, None])
-            grad_bias += grad.sum(0)
-            grad = grad.to(weight.dtype)
-            grad_hidden[part] = grad @ weight
-            grad_weight += grad.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
+        """With s the slopes (N, V) and g the gradient of nll: g s W, (g s)^T h and (g s)^T 1."""
+        hidden, weight, slopes = ctx.saved_tensors
+        largest = grad_nll.abs().amax().clamp(min=torch.finfo(grad_nll.dtype).tiny)  # keeps FP16 in its range
+        share = (grad_nll / largest).to(hidden.dtype)[:, None]  # (N, 1), at most 1
+        grad_hidden = (slopes @ weight).mul_(grad_nll[:, None])
+        grad_weight = (slopes.t() @ (hidden * share)) * largest.to(grad_nll.dtype)
+        grad_bias = (slopes.t() @ share).squeeze(1) * largest
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from newllm_lib.recurrence import reference
+from newllm_lib.recurrence import fused, reference
 from newllm_lib.recurrence.dropout import Dropout
 from newllm_lib.recurrence.weights import Weights
 
 __all__ = ["ENGINES", "Dropout", "Weights", "get_engine"]
 
-ENGINES: dict[str, Callable] = {"reference": reference.recurrence}
+ENGINES: dict[str, Callable] = {"reference": reference.recurrence, "fused": fused.recurrence}
 """By name, the best last: `auto` takes the last one."""
 
 

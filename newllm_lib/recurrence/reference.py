@@ -31,10 +31,12 @@ def recurrence(
     run in its type; the context keeps its own.
     """
     inputs = linear(embedding(tokens, weights.embedding), weights.token, weights.token_bias)  # (B, T, H)
+    if dropout is not None:
+        dropout.start(len(weights.layers) + 1, len(tokens), inputs.shape[2])
     hidden = []
     for t in range(tokens.shape[1]):
         h = torch.relu(inputs[:, t] + linear(context, weights.context))  # (B, H)
-        masks = dropout.next_masks(len(weights.layers) + 1, *h.shape) if dropout else None
+        masks = dropout.next_masks(len(h)) if dropout else None
         h = _drop(h, dropout, masks, 0)
         for layer, (weight, bias) in enumerate(weights.layers, start=1):
             h = _drop(torch.relu(linear(h, weight, bias)), dropout, masks, layer)

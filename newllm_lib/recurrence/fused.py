@@ -1,0 +1,248 @@
+"""The recurrence at the speed of the machine: what need not be in the time loop leaves it.
+
+One custom autograd function for any device. The token half of the first layer is computed once for each word in use;
+the three context heads are one product; padding is never computed (rows are taken by falling length, and the active
+block shrinks as they end); activations are stored once, packed step after step; weight gradients are one large
+product each after the backward loop. The state, its LayerNorm and the gates keep the type of the context (FP32 while
+training); the products run in the type of autocast.
+
+Letters: B batch, T time, E embedding, H hidden, C context, L layers; N real tokens of the batch, n rows active in a
+step, U distinct words among the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from newllm_lib.recurrence.dropout import Dropout
+from newllm_lib.recurrence.packing import Packing
+from newllm_lib.recurrence.products import Product
+from newllm_lib.recurrence.weights import Weights
+
+_EPSILON = 1e-5
+"""Of the LayerNorm, torch's default."""
+
+
+def recurrence(
+    weights: Weights,
+    tokens: Tensor,
+    context: Tensor,
+    lengths: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.recurrence`, in values and gradients."""
+    device = tokens.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else context.dtype
+    first = (weights.embedding, weights.token, weights.token_bias, weights.context)
+    last = (weights.heads, weights.heads_bias, weights.norm, weights.norm_bias)
+    layers = [tensor for pair in weights.layers for tensor in pair]
+    with torch.autocast(device, enabled=False):
+        packing = Packing.of(tokens, lengths)
+        return _Recurrence.apply(packing, dropout, weights.clamp, dtype, context, *first, *last, *layers)
+
+
+@dataclass
+class _Cell:
+    """The weights as the loop uses them: cast once, and with dropout's 1 / keep on the weight that reads its output."""
+
+    table: Tensor  # (U, H): W_e e + b_1 of each word in use
+    context: Tensor  # W_c (H, C)
+    layers: list[tuple[Tensor, Tensor]]  # W_l (H, H), b_l (H,) for l = 2..L
+    heads: tuple[Tensor, Tensor]  # W_g (3C, H), b_g (3C,)
+    norm: Tensor  # in the type of the state, as the two below
+    norm_bias: Tensor
+    clamp: float
+    scale: float
+
+
+@dataclass
+class _Trace:
+    """What the backward pass reads, packed step after step."""
+
+    hidden: list[Tensor]  # L times (N, H): each layer's output, before dropout's 1 / keep
+    heads: Tensor  # (N, 3C): candidate, forget gate, input gate before their sigmoids
+    read: Tensor  # (N, C): the context before the token, as the products read it
+    after: Tensor  # (N, C): the context after it
+    mean: Tensor  # (N, 1): of each LayerNorm
+    rstd: Tensor  # (N, 1): 1 / deviation of each LayerNorm
+
+
+@dataclass
+class _Deltas:
+    """Gradients before each activation, packed, and the sums that the loop keeps."""
+
+    hidden: list[Tensor]  # L times (N, H)
+    heads: Tensor  # (N, 3C)
+    norm: list[Tensor] = field(default_factory=list)  # a (C,) for each step
+    norm_bias: list[Tensor] = field(default_factory=list)
+
+
+class _Recurrence(torch.autograd.Function):
+    """All steps of a packed batch, forward and back."""
+
+    @staticmethod
+    def forward(ctx, packing, dropout, clamp, dtype, context, *tensors):
+        """Hidden (B, T, H) in the type of the products, and the context (B, C) after the last token."""
+        cell = _prepare(tensors, packing, dropout, clamp, dtype)
+        state = context[packing.order]
+        trace = _new_trace(cell, state, packing) if any(ctx.needs_input_grad) else None
+        top = _run(cell, packing, dropout, state, trace)
+        hidden = top.new_zeros(packing.places, top.shape[1])
+        hidden.index_copy_(0, packing.position, top * cell.scale if dropout else top)
+        after = torch.empty_like(context)
+        after[packing.order] = state
+        ctx.packing, ctx.cell, ctx.trace = packing, cell, trace
+        ctx.save_for_backward(context, *tensors)
+        return hidden.view(len(context), -1, top.shape[1]), after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_hidden, grad_after):
+        """Gradients of the context and of every weight."""
+        context, *tensors = ctx.saved_tensors
+        packing, cell = ctx.packing, ctx.cell
+        grad_top = grad_hidden.reshape(packing.places, -1)[packing.position]
+        if cell.scale != 1:
+            grad_top = grad_top * cell.scale
+        grad_state = grad_after[packing.order]
+        deltas = _run_back(cell, packing, ctx.trace, context[packing.order], grad_top, grad_state)
+        grad_context = torch.empty_like(context)
+        grad_context[packing.order] = grad_state
+        gradients = _weight_gradients(cell, packing, ctx.trace, deltas, tensors)
+        return None, None, None, None, grad_context, *gradients
+
+
+def _prepare(tensors, packing: Packing, dropout: Dropout | None, clamp: float, dtype: torch.dtype) -> _Cell:
+    embedding, token, token_bias, context, heads, heads_bias, norm, norm_bias, *layers = tensors
+    scale = dropout.scale if dropout else 1.0
+    return _Cell(
+        table=linear(embedding[packing.words].to(dtype), token.to(dtype), token_bias.to(dtype)),
+        context=context.to(dtype),
+        layers=[((w * scale).to(dtype), b.to(dtype)) for w, b in zip(layers[::2], layers[1::2], strict=True)],
+        heads=((heads * scale).to(dtype), heads_bias.to(dtype)),
+        norm=norm,
+        norm_bias=norm_bias,
+        clamp=clamp,
+        scale=scale,
+    )
+
+
+def _new_trace(cell: _Cell, state: Tensor, packing: Packing) -> _Trace:
+    total, width = len(packing.position), state.shape[1]
+    low, high = cell.table.new_empty, state.new_empty
+    return _Trace(
+        hidden=[low(total, cell.table.shape[1]) for _ in range(len(cell.layers) + 1)],
+        heads=low(total, 3 * width),
+        read=low(total, width),
+        after=high(total, width),
+        mean=high(total, 1),
+        rstd=high(total, 1),
+    )
+
+
+def _run(cell: _Cell, packing: Packing, dropout: Dropout | None, state: Tensor, trace: _Trace | None) -> Tensor:
+    """The loop: the last layer (N, H) of every token; `state` (B, C) ends as the context after each row's last."""
+    inputs = cell.table[packing.word_of]  # (N, H)
+    most = len(packing.order)
+    enter = Product(cell.context, rows=most, relu=True)
+    layers = [Product(weight, bias, rows=most, relu=True) for weight, bias in cell.layers]
+    gates = Product(*cell.heads, rows=most)
+    if dropout:
+        dropout.start(len(layers) + 1, most, inputs.shape[1], None if packing.sorted else packing.order)
+    top = torch.empty_like(inputs) if trace is None else trace.hidden[-1]
+    for t, rows in enumerate(packing.active):
+        span = packing.step(t)
+        read = state[:rows].to(inputs.dtype, copy=True)  # the state itself changes below
+        masks = dropout.next_masks(rows, inputs.dtype) if dropout else None
+        h = enter(read, inputs[span])
+        for layer, product in enumerate(layers):
+            h = product(_keep(h, masks, layer, None if trace is None else trace.hidden[layer][span]))
+        heads = gates(_keep(h, masks, len(layers), top[span]))
+        mixed = _mix(heads.to(state.dtype), state[:rows])[0]
+        new, mean, rstd = torch.native_layer_norm(mixed, mixed.shape[1:], cell.norm, cell.norm_bias, _EPSILON)
+        state[:rows] = new.clamp_(-cell.clamp, cell.clamp)
+        if trace is not None:
+            trace.read[span], trace.heads[span], trace.after[span] = read, heads, new
+            trace.mean[span], trace.rstd[span] = mean, rstd
+    return top
+
+
+def _keep(h: Tensor, masks: Tensor | None, layer: int, out: Tensor | None) -> Tensor:
+    """Dropout without its 1 / keep, and a copy in `out` where the output is kept."""
+    if masks is not None:
+        return torch.mul(h, masks[layer], out=h if out is None else out)
+    if out is not None:
+        out.copy_(h)
+    return h
+
+
+def _mix(heads: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sigmoid(f) c + sigmoid(i) d from the heads (n, 3C), and d, sigmoid(f), sigmoid(i) themselves."""
+    width = state.shape[1]
+    candidate = heads[:, :width]
+    forget, write = heads[:, width:].sigmoid().split(width, dim=1)
+    return torch.addcmul(forget * state, write, candidate), candidate, forget, write
+
+
+def _run_back(
+    cell: _Cell, packing: Packing, trace: _Trace, first: Tensor, grad_top: Tensor, grad_state: Tensor
+) -> _Deltas:
+    """The loop backwards; `grad_state` (B, C) ends as the gradient of the first context (B, C)."""
+    deltas = _Deltas([torch.empty_like(h) for h in trace.hidden], torch.empty_like(trace.heads))
+    width, most = first.shape[1], len(packing.order)
+    back = [Product(weight.t(), rows=most) for weight in (cell.context, *(weight for weight, _ in cell.layers))]
+    gates = Product(cell.heads[0].t(), rows=most)
+    for t in reversed(range(len(packing.active))):
+        rows, span = packing.active[t], packing.step(t)
+        state = first[:rows] if t == 0 else trace.after[packing.offsets[t - 1] : packing.offsets[t - 1] + rows]
+        mixed, candidate, forget, write = _mix(trace.heads[span].to(state.dtype), state)
+        grad = torch.ops.aten.hardtanh_backward(grad_state[:rows], trace.after[span], -cell.clamp, cell.clamp)
+        statistics = (trace.mean[span], trace.rstd[span], cell.norm, cell.norm_bias)
+        grad, norm, norm_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, mixed, mixed.shape[1:], *statistics, [True, True, True]
+        )
+        deltas.norm.append(norm)
+        deltas.norm_bias.append(norm_bias)
+        heads = deltas.heads[span]
+        heads[:, :width] = grad * write
+        heads[:, width : 2 * width] = torch.ops.aten.sigmoid_backward(grad * state, forget)
+        heads[:, 2 * width :] = torch.ops.aten.sigmoid_backward(grad * candidate, write)
+        h = gates(heads, grad_top[span])
+        for layer in reversed(range(len(trace.hidden))):
+            delta = deltas.hidden[layer][span]
+            # h > 0 only where the unit was active and kept, so no mask is needed
+            torch.ops.aten.threshold_backward.grad_input(h, trace.hidden[layer][span], 0, grad_input=delta)
+            h = back[layer](delta)
+        grad_state[:rows] = torch.addcmul(h.to(state.dtype), grad, forget)
+    return deltas
+
+
+def _weight_gradients(cell: _Cell, packing: Packing, trace: _Trace, deltas: _Deltas, tensors: list[Tensor]):
+    """In the order of `tensors`: one large product each, in the type of the weight."""
+    embedding, token, token_bias, context, heads, heads_bias, norm, _, *layers = tensors
+    wide = deltas.hidden[0].to(token.dtype)
+    table = torch.ops.aten.embedding_dense_backward(wide, packing.word_of, len(packing.words), -1, False)  # (U, H)
+    grad_embedding = torch.zeros_like(embedding)
+    grad_embedding[packing.words] = table @ token
+    yield grad_embedding
+    yield table.t() @ embedding[packing.words]
+    yield table.sum(0).to(token_bias.dtype)
+    yield (deltas.hidden[0].t() @ trace.read).to(context.dtype)
+    yield (deltas.heads.t() @ trace.hidden[-1]).to(heads.dtype).mul_(cell.scale)
+    yield _sum_rows(deltas.heads).to(heads_bias.dtype)
+    yield torch.stack(deltas.norm).sum(0) if deltas.norm else torch.zeros_like(norm)
+    yield torch.stack(deltas.norm_bias).sum(0) if deltas.norm_bias else torch.zeros_like(norm)
+    for number, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True), start=1):
+        delta = deltas.hidden[number]
+        yield (delta.t() @ trace.hidden[number - 1]).to(weight.dtype).mul_(cell.scale)
+        yield _sum_rows(delta).to(bias.dtype)
+
+
+def _sum_rows(values: Tensor) -> Tensor:
+    """Sum over the rows of (N, W), as a product: several times faster than `sum` for 16-bit types on a CPU."""
+    return (values.new_ones(1, len(values)) @ values).squeeze(0)

@@ -1,0 +1,1 @@
+"""Instruments that study the model rather than train it: `bench` (speed, memory), `baselines` (to compare with)."""

@@ -1,0 +1,233 @@
+"""How fast a training step is and what memory it takes: in turn, in one run, medians, beside what it is compared with.
+
+Slots count every place of a batch, tokens only the real ones. The share of the product rate counts the work on real
+tokens only (6 FLOP a matrix parameter), against the rate at which this machine multiplies matrices of the same shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newllm_lib.config import PAD, ModelConfig, RunConfig, TrainConfig
+from newllm_lib.hardware import (
+    Machine,
+    Precision,
+    choose_precision,
+    cpu_threads,
+    detect,
+    environment,
+    peak_memory_bytes,
+)
+from newllm_lib.model import NewLLM
+from newllm_lib.recurrence import get_engine
+from newllm_lib.recurrence.products import Product
+from newllm_lib.step import make_optimizers, optimizer_step
+from newllm_lib.study.baselines import LSTMModel, PublishedLoop, plain_step
+from newllm_lib.text.prepare import prepare
+
+SUBJECTS = ("published", "reference", "fused", "lstm")
+"""The published loop, the engines, and an LSTM of equal parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measurement: a subject at one size."""
+
+    subject: str
+    batch: int = 256
+    length: int = 64
+    """Ids a sequence; the model reads all but the last."""
+    hidden_dim: int = 512
+    num_layers: int = 6
+    dropout: float = 0.1
+    precision: str = "auto"
+
+    @property
+    def model(self) -> ModelConfig:
+        """The published shape with this case's sizes."""
+        return ModelConfig(hidden_dim=self.hidden_dim, num_layers=self.num_layers, dropout=self.dropout)
+
+
+def make_step(
+    model: NewLLM, sequences: Tensor, engine: str = "auto", precision: str = "auto", train: TrainConfig | None = None
+) -> Callable[[], float]:
+    """A callable that performs one optimizer step of the trainer on sequences (B, S) int64 and returns the mean loss.
+
+    The recipe is `train` (Adam as published by default); each call draws other dropout masks.
+    """
+    train = train or TrainConfig()
+    machine = detect(str(model.output.weight.device))
+    chosen, run = choose_precision(precision, machine), get_engine(engine)[1]
+    optimizers = make_optimizers(model, train, train.lr or train.lr_base)
+    scaler = torch.amp.GradScaler(machine.kind, enabled=chosen.name == "fp16")
+    calls = iter(range(1 << 62))
+
+    def step() -> float:
+        model.train()
+        result = optimizer_step(
+            model, optimizers, scaler, sequences, engine=run, precision=chosen, clip=0.5, dropout_seed=next(calls)
+        )
+        return result.nll / result.tokens
+
+    return step
+
+
+def subject_step(case: Case, ids: Tensor, machine: Machine) -> Callable[[], float]:
+    """The step of a case. The published loop runs in FP32 on a CPU and under AMP on a GPU, as it did."""
+    torch.manual_seed(0)
+    if case.subject in ("reference", "fused"):
+        return make_step(NewLLM(case.model).to(machine.device), ids, case.subject, case.precision)
+    model = (PublishedLoop if case.subject == "published" else LSTMModel)(case.model).to(machine.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    published = "fp16" if machine.kind == "cuda" else "fp32"
+    precision = choose_precision(published if case.subject == "published" else case.precision, machine)
+    return lambda: plain_step(model, optimizer, ids, precision.autocast(machine.kind))
+
+
+def batches(data: str, cases: list[Case], machine: Machine) -> dict[tuple[int, int], Tensor]:
+    """Real rows of the data protocol for each (batch, length) in use, the same for every subject."""
+    found = {}
+    for length in {case.length for case in cases}:
+        split = prepare(RunConfig().replace(data=data, sequence_length=length, stride=max(1, length // 2))).split(
+            "train"
+        )
+        order = torch.randperm(len(split.ids), generator=torch.Generator().manual_seed(0))
+        for batch in {case.batch for case in cases if case.length == length}:
+            rows = order[torch.arange(batch) % len(order)]
+            found[batch, length] = torch.from_numpy(split.ids)[rows].long().to(machine.device)
+    return found
+
+
+def measure(
+    cases: list[Case], data: str, rounds: int = 5, report: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """A row for each case: the median step of `rounds`, taken in turn (A B C, A B C, ...), after one to warm up."""
+    machine = detect()
+    rows = batches(data, cases, machine)
+    with cpu_threads(machine.threads):
+        steps = [subject_step(case, rows[case.batch, case.length], machine) for case in cases]
+        times: list[list[float]] = [[] for _ in cases]
+        for turn in range(rounds + 1):
+            for number, step in enumerate(steps):
+                seconds = timed(step, machine)
+                if turn:
+                    times[number].append(seconds)
+            report(f"round {turn} of {rounds}" + (" (warm-up)" if not turn else ""))
+        rates = {
+            case: product_rate(case, choose_precision(case.precision, machine), machine)
+            for case in dict.fromkeys(cases)
+        }
+    return [
+        describe(case, rows[case.batch, case.length], taken, rates[case])
+        for case, taken in zip(cases, times, strict=True)
+    ]
+
+
+def timed(step: Callable[[], Any], machine: Machine) -> float:
+    """Seconds of one call, the GPU waited for."""
+    if machine.kind == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if machine.kind == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def describe(case: Case, ids: Tensor, seconds: list[float], rate: float) -> dict[str, Any]:
+    """What a case gave, in slots and tokens a second and as a share of the product rate."""
+    median = statistics.median(seconds)
+    slots, tokens = ids[:, 1:].numel(), int((ids[:, 1:] != PAD).sum())
+    flops = 6 * matrix_parameters(case.model) * tokens
+    share = None if case.subject == "lstm" else flops / median / rate
+    return {
+        "subject": case.subject,
+        "batch": case.batch,
+        "length": case.length,
+        "hidden_dim": case.hidden_dim,
+        "num_layers": case.num_layers,
+        "dropout": case.dropout,
+        "precision": case.precision,
+        "seconds": median,
+        "seconds_least": min(seconds),
+        "seconds_most": max(seconds),
+        "slots_per_second": slots / median,
+        "tokens_per_second": tokens / median,
+        "product_rate": rate,
+        "product_share": share,
+    }
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters that multiply each token: the token half of the first layer is looked up, not multiplied."""
+    h, c = config.hidden_dim, config.context_dim
+    return h * c + (config.num_layers - 1) * h * h + 3 * c * h + config.vocab_size * h
+
+
+def product_rate(case: Case, precision: Precision, machine: Machine, seconds: float = 0.4) -> float:
+    """FLOP a second of the hidden layer's three products at this batch: forward, backward, and the weight's gradient.
+
+    The first two are (batch x H x H), in the layout that the engine uses; the third is one product over all tokens.
+    """
+    h, steps = case.hidden_dim, case.length - 1
+    kind = {"dtype": precision.dtype, "device": machine.device}
+    weight, x = torch.randn(h, h, **kind), torch.randn(case.batch, h, **kind)
+    long = torch.randn(case.batch * steps, h, **kind)
+    product = Product(weight, rows=case.batch)
+
+    def once() -> None:
+        for _ in range(2 * steps):
+            product(x)
+        long.t() @ long
+
+    once()
+    taken = []
+    while sum(taken) < seconds or len(taken) < 3:
+        taken.append(timed(once, machine))
+    return 3 * 2 * case.batch * steps * h * h / statistics.median(taken)
+
+
+# --- memory: each case in a process of its own, since a process's peak never falls -------------------------------
+
+
+def memory_bytes(case: Case, data: str) -> int:
+    """Peak memory of two steps above what the process held before them (on a GPU: of tensors)."""
+    request = json.dumps({"case": case.__dict__, "data": data})
+    done = subprocess.run([sys.executable, "-m", __name__, request], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def _memory_child(request: str) -> int:
+    values = json.loads(request)
+    case, machine = Case(**values["case"]), detect()
+    ids = batches(values["data"], [case], machine)[case.batch, case.length]
+    step = subject_step(case, ids, machine)
+    before = peak_memory_bytes(machine)
+    step(), step()
+    return peak_memory_bytes(machine) - before
+
+
+def save(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """bench.json and bench.md, bench.png in a folder."""
+    from newllm_lib.study.bench_report import write_plot, write_table
+
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"environment": environment(detect()), "rows": rows}
+    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_table(folder / "bench.md", result)
+    write_plot(folder / "bench.png", result)
+
+
+if __name__ == "__main__":
+    print(_memory_child(sys.argv[1]))
