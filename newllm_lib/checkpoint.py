@@ -35,6 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, newer than this library, not a checkpoint, or of another run."""
 
 
+class NewerCheckpointError(CheckpointError):
+    """A checkpoint of a later version: intact, and so never passed over."""
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoint files of one run."""
@@ -65,20 +69,31 @@ class Checkpoints:
         return sorted(self.folder.glob("*.pt"), key=recorded_step, reverse=True)
 
     def prune_steps(self, keep: int = 2) -> None:
-        """Remove all but the newest `keep` files that guard against a lost machine."""
-        pattern = re.compile(re.escape(self.run) + r"_step_(\d+)\.pt")
-        found = [(int(match[1]), path) for path in self.folder.glob("*.pt") if (match := pattern.fullmatch(path.name))]
-        for _, path in sorted(found, reverse=True)[keep:]:
+        """Remove all but the `keep` files that were written last to guard against a lost machine."""
+        pattern = re.compile(re.escape(self.run) + r"_step_\d+\.pt")
+        found = [path for path in self.folder.glob("*.pt") if pattern.fullmatch(path.name)]
+        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)[keep:]:
             path.unlink(missing_ok=True)
             sidecar(path).unlink(missing_ok=True)
 
     def newest_valid(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest file that verifies, with its payload; each damaged one before it is named through `warn`."""
-        for path in self.files():
+        """The newest file that verifies, with its payload; each damaged one before it is named through `warn`.
+
+        None where there is no file. CheckpointError where there are files but none can be read, or the newest is of a
+        later version: starting over would overwrite them.
+        """
+        files = self.files()
+        for path in files:
             try:
                 return path, load_checkpoint(path, warn)
+            except NewerCheckpointError:
+                raise
             except CheckpointError as error:
                 warn(f"{error}; trying the checkpoint before it")
+        if files:
+            raise CheckpointError(
+                f"{self.folder}: none of its checkpoints can be read; --fresh keeps them and starts over"
+            )
         return None
 
 
@@ -94,7 +109,7 @@ def save_checkpoint(path: Path, payload: dict[str, Any], step: int) -> None:
     data = buffer.getbuffer()
     entry = {"sha256": hashlib.sha256(data).hexdigest(), "step": step, "bytes": len(data)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    previous = _recorded(path)[:1] if path.exists() else []
+    previous = _current(path)
     _record(path, [entry, *previous])
     write_atomic(path, lambda file: file.write(data))
     if previous:
@@ -113,9 +128,18 @@ def _recorded(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+def _current(path: Path) -> list[dict[str, Any]]:
+    """The record of what the file really holds: after a stop between record and rename, that is the older entry."""
+    entries = _recorded(path) if path.exists() else []
+    if len(entries) < 2:
+        return entries
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return [entry for entry in entries if entry["sha256"] == digest]
+
+
 def recorded_step(path: Path) -> int:
     """The step of a checkpoint by its sidecar, else by its own content; -1 where neither can be read."""
-    entries = _recorded(path)
+    entries = _current(path)
     if entries:
         return int(entries[0]["step"])
     try:
@@ -158,7 +182,7 @@ def _read(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(payload, dict) or "format_version" not in payload:
         raise CheckpointError(f"{path}: not a checkpoint of newllm_lib")
     if payload["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
+        raise NewerCheckpointError(
             f"{path}: format version {payload['format_version']}, this library reads up to {FORMAT_VERSION}; upgrade it"
         )
     return payload

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from newllm_lib import presets
-from newllm_lib.config import SPECIAL_TOKENS, FlatField, allowed_types, describe_allowed, flat_fields
+from newllm_lib.config import SPECIAL_TOKENS, UNK, FlatField, allowed_types, describe_allowed, flat_fields
 
 SECTIONS = {"run": "Run", "data": "Data", "model": "Model", "train": "Recipe and machine"}
 
@@ -171,13 +171,13 @@ def _print_run(run, as_json: bool) -> None:
         return
     rows = run.history.to_dict("records")
     click.echo(f"\n{run.folder.name}: {run.record['status']}")
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # there, the rows were seen as they came
-        click.echo(HEADER)
-        for row in rows:
-            click.echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
+    click.echo(HEADER)
+    for row in rows:
+        click.echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
     if run.best is None:
         return
-    click.echo(f"\nbest validation perplexity {run.best['val_ppl']:.2f} at step {run.best['step']}")
+    best = next(row for row in rows if row["step"] == run.best["step"])
+    click.echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']}")
     if run.record["published_protocol"]:
         for level, title, row in report.milestones(rows):
             reached = "not reached" if row is None else f"{row['train_seconds']:.0f} s of training"
@@ -213,14 +213,20 @@ def list_presets(as_json: bool) -> None:
 @click.argument("run")
 @click.option("--data", multiple=True, help="Other text than the run's own (as for train).")
 @click.option("--split", default="validation", show_default=True, help="train, validation or test.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16 (auto: by the hardware).")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    help="Number format of the products.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_json: bool) -> None:
-    """Score RUN (a run's folder) on a split, by the run's own data protocol."""
+    """Score RUN (a run's folder, its model/ folder, or a checkpoint) on a split, by the run's own data protocol."""
     from newllm_lib import runs
 
     source = data[0] if len(data) == 1 else data or None
-    metrics = runs.evaluate(runs.load(run), source, split=split, precision=precision)
+    metrics = runs.evaluate(run, source, split=split, precision=precision)
     if as_json:
         click.echo(json.dumps(metrics.to_dict(), indent=2))
         return
@@ -239,14 +245,20 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
 @click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest that reach this probability.")
 @click.option("--allow-unknown", is_flag=True, help=f"Let {SPECIAL_TOKENS[1]} be drawn too.")
 @click.option("--seed", type=int, default=None, help="Seed of the draw; without it, another text each time.")
-@click.option("--samples", default=1, show_default=True, help="How many texts, with consecutive seeds.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=1, show_default=True, help="How many texts, with consecutive seeds."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the texts as a JSON list.")
 def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: bool, **options: Any) -> None:
     """Write text with RUN: a run's folder, its model/ folder, or a checkpoint file."""
     from newllm_lib import runs
     from newllm_lib.generate import generate_text
 
-    model, tokenizer = runs.load_model(run)
+    model, tokenizer, *_ = runs.load_model(run)
+    if UNK in tokenizer.encode(prompt):
+        click.echo(
+            f"warning: words of the prompt are not in the vocabulary and are read as {SPECIAL_TOKENS[UNK]}", err=True
+        )
     seeds = [None if seed is None else seed + number for number in range(samples)]
     texts = [generate_text(model, tokenizer, prompt, chosen, **options) for chosen in seeds]
     click.echo(json.dumps(texts, ensure_ascii=False, indent=2) if as_json else "\n\n".join(texts))

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import operator
+import os
 import textwrap
 import types
 import typing
@@ -341,6 +342,8 @@ def _convert(value: Any, hint: Any) -> Any:
     kinds = allowed_types(hint)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         return float(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, list):
         return tuple(tuple(item) if isinstance(item, list) else item for item in value)
     return value

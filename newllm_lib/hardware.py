@@ -90,6 +90,8 @@ def choose_precision(requested: str, machine: Machine) -> Precision:
 
     GPUs are judged by compute capability: `torch.cuda.is_bf16_supported()` says yes on a T4, which emulates it.
     """
+    if requested not in ("auto", *DTYPES):
+        raise ValueError(f"precision = {requested!r}: must be one of auto, {', '.join(DTYPES)}")
     if machine.kind == "cuda":
         native, why = _cuda_formats(machine)
     else:
@@ -171,6 +173,12 @@ def peak_memory_bytes(machine: Machine) -> int:
     return kibibytes * (1 if platform.system() == "Darwin" else 1024)
 
 
+def reset_peak_memory(machine: Machine) -> None:
+    """Let the next peak of a GPU start from what is held now; a CPU process's peak cannot be reset."""
+    if machine.kind == "cuda":
+        torch.cuda.reset_peak_memory_stats(machine.device)
+
+
 def environment(machine: Machine) -> dict[str, Any]:
     """What a reader needs to repeat a run: versions, commit, device, memory."""
     versions = {"python": platform.python_version()}
@@ -192,20 +200,17 @@ def environment(machine: Machine) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the library's checkout, with '+' where files differ from it; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
+    """Commit of the library's checkout, with '+' where files differ from it; None outside a checkout of its own."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "."],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed inside another project's checkout?
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changed else "")

@@ -90,20 +90,22 @@ def evaluate_split(
     Windows are read `batch_size` rows at a time, each from an empty context; a stream is read in order, its lanes
     side by side, with the context carried over.
     """
-    was_training = model.training
-    model.eval()
     device = model.output.weight.device
     ids = torch.from_numpy(split.ids)
     sums, context = MetricSums(), None
-    for rows in ids if split.carries_context else ids.split(batch_size):
-        batch = rows.to(device, torch.int64)
-        targets = batch[:, 1:]
-        with precision.autocast(device.type):
-            hidden, after = model.hidden(batch[:, :-1], context, (targets != PAD).sum(1), engine=engine)
-            nll, correct = token_losses(hidden, model.head, targets)
-        context = after if split.carries_context else None
-        sums.add(nll, correct, targets[targets != PAD])
-    model.train(was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        for rows in ids if split.carries_context else ids.split(batch_size):
+            batch = rows.to(device, torch.int64)
+            targets = batch[:, 1:]
+            with precision.autocast(device.type):
+                hidden, after = model.hidden(batch[:, :-1], context, (targets != PAD).sum(1), engine=engine)
+                nll, correct = token_losses(hidden, model.head, targets)
+            context = after if split.carries_context else None
+            sums.add(nll, correct, targets[targets != PAD])
+    finally:
+        model.train(was_training)
     return sums.result()
 
 

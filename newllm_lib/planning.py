@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from newllm_lib import published, schedule
-from newllm_lib.config import ModelConfig, RunConfig
+from newllm_lib import presets, published, schedule
+from newllm_lib.config import FlatField, ModelConfig, RunConfig, flat_fields
 from newllm_lib.hardware import Machine, Precision, choose_precision, default_batch_size, detect
 from newllm_lib.recurrence import get_engine
-from newllm_lib.text.prepare import prepare
+from newllm_lib.text.prepare import Prepared, Split, prepare
 from newllm_lib.trainer import Setup
 
 
-def make_setup(config: RunConfig, decided: dict[str, Any] | None = None) -> Setup:
-    """Read the data and decide what the configuration leaves open.
+def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepared: Prepared | None = None) -> Setup:
+    """Read the data (if they are not `prepared` yet) and decide what the configuration leaves open.
 
     `decided` holds what an earlier part of the same run recorded (batch_size, precision, engine); it is kept, so
     that a run goes on as it began. ValueError when the configuration does not fit the data or the machine.
@@ -21,15 +21,16 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None) -> Setu
     decided = decided or {}
     train = config.train
     machine = detect(train.device, train.threads)
-    if train.batch_size is None:
-        config = config.replace(batch_size=decided.get("batch_size", default_batch_size(machine)))
     precision = _precision(train.precision, decided.get("precision"), machine)
     engine_name, engine = get_engine(decided.get("engine", "auto") if train.engine == "auto" else train.engine)
-    prepared = prepare(config)
-    identity = identity_of(config, train.batch_size, prepared.fingerprint)
+    prepared = prepared or prepare(config)
+    identity = config.identity(prepared.fingerprint)  # of what was asked for: what is left open stays open in it
     config = prepared.config
+    if train.batch_size is None:
+        most = largest_batch(prepared.split("train", lanes=1), config)
+        config = config.replace(batch_size=decided.get("batch_size", min(most, default_batch_size(machine))))
     train_split = prepared.split("train", config.train.batch_size)
-    check_batch(config, train_split.num_tokens, len(train_split.ids))
+    check_batch(config, train_split)
     return Setup(
         config=config,
         prepared=prepared,
@@ -45,41 +46,48 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None) -> Setu
 
 
 def _precision(requested: str, decided: str | None, machine: Machine) -> Precision:
-    """What was asked for, or what an earlier part of the run used, or the best of the machine."""
-    if requested != "auto" or decided is None:
-        return choose_precision(requested, machine)
-    chosen = choose_precision(decided, machine)
-    return chosen if chosen.substituted else Precision(decided, "as this run began")
+    """What an earlier part of the run used, or what was asked for, or the best of the machine."""
+    chosen = choose_precision(decided or requested, machine)
+    if decided is None or chosen.substituted:
+        return chosen
+    wanted = choose_precision(requested, machine)
+    return Precision(decided, "as this run began", substituted=requested not in ("auto", decided) or wanted.substituted)
 
 
-def identity_of(config: RunConfig, batch_size: int | None, fingerprint: str) -> str:
-    """The identity of what was asked for: a batch left to the hardware stays open in it."""
-    return config.replace(batch_size=batch_size).identity(fingerprint)
+def largest_batch(split: Split, config: RunConfig) -> int:
+    """Sequences of the training split, or lanes that each have a full sequence of the stream."""
+    if config.data.layout == "windows":
+        return len(split.ids)
+    return max(1, split.num_tokens // (config.data.sequence_length - 1))
 
 
-def check_batch(config: RunConfig, num_tokens: int, num_rows: int) -> None:
+def check_batch(config: RunConfig, split: Split) -> None:
     """ValueError when a batch holds more than the data has."""
-    batch = config.train.batch_size
-    if config.data.layout == "windows" and batch > num_rows:
-        raise ValueError(
-            f"TrainConfig.batch_size = {batch}: must be at most {num_rows}, the number of training sequences"
-        )
-    if config.data.layout == "stream" and batch * (config.data.sequence_length - 1) > num_tokens:
-        most = num_tokens // (config.data.sequence_length - 1)
-        raise ValueError(
-            f"TrainConfig.batch_size = {batch}: must be at most {max(1, most)}, so that each lane of the stream has a "
-            f"full sequence of its own ({num_tokens} training tokens)"
-        )
+    batch, most = config.train.batch_size, largest_batch(split, config)
+    if batch > most:
+        unit = "training sequences" if config.data.layout == "windows" else "full sequences for a lane each"
+        raise ValueError(f"TrainConfig.batch_size = {batch}: must be at most {most}, the number of {unit}")
 
 
 def unfaithful_reason(setup: Setup) -> str | None:
     """Why a re-creation of a published run is not the published one; None where nothing stands against it."""
-    reasons = []
+    config, preset = setup.config, presets.get(setup.config.preset)
+    changed = [
+        f"{name} is {mine!r}, not {theirs!r}"
+        for name, item in flat_fields().items()
+        if item.metadata["identity"] and name not in ("data", "seed")
+        for mine, theirs in [(_value(config, item), _value(preset, item))]
+        if mine != theirs
+    ]
     if setup.precision.substituted:
-        reasons.append(setup.precision.reason)
+        changed.append(setup.precision.reason)
     if not is_published_protocol(setup):
-        reasons.append("the validation data are not those of the published protocol")
-    return "; ".join(reasons) or None
+        changed.append("the validation data are not those of the published protocol")
+    return "; ".join(changed) or None
+
+
+def _value(config: RunConfig, item: FlatField) -> Any:
+    return getattr(getattr(config, item.section), item.name)
 
 
 def is_published_protocol(setup: Setup) -> bool:
@@ -107,8 +115,8 @@ def _bytes_per_slot(model: ModelConfig, width: int) -> int:
     return layers + gates + ends
 
 
-def plan_lines(setup: Setup, folder: str) -> list[tuple[str, str]]:
-    """(what, how much and why) for each decision, ready to print."""
+def plan_lines(setup: Setup, folder: str, decay_steps: int | None = None) -> list[tuple[str, str]]:
+    """(what, how much and why) for each decision, ready to print; `decay_steps` where a run has settled its own."""
     config, train_split, validation = setup.config, setup.train_split, setup.validation_split
     model, train = config.model, config.train
     micro = train.micro_batch_size
@@ -129,7 +137,7 @@ def plan_lines(setup: Setup, folder: str) -> list[tuple[str, str]]:
                   + (f", {micro} at a time" if micro else "")),
         ("steps", f"{setup.total_steps:,} ({setup.steps_per_epoch:,} an epoch, "
                   f"{setup.total_steps / setup.steps_per_epoch:.2f} epochs)"),
-        ("rate", _rate_line(setup)),
+        ("rate", _rate_line(setup, decay_steps)),
         ("memory", f"about {memory_estimate_bytes(setup) / 2**30:.1f} GiB for training, of "
                    f"{setup.machine.memory_bytes / 2**30:.1f} GiB (an estimate from the shapes)"),
     ]  # fmt: skip
@@ -149,12 +157,12 @@ def _sequences_line(setup: Setup) -> str:
     )
 
 
-def _rate_line(setup: Setup) -> str:
+def _rate_line(setup: Setup, decay_steps: int | None) -> str:
     train = setup.config.train
     text = f"{setup.rate.value:.3g}: {setup.rate.reason}"
     if train.optimizer == "muon":
         text += f"; Muon {train.muon_lr:g} on the hidden matrices"
     course = f"; {train.lr_schedule}"
     if train.lr_schedule == "cosine":
-        course += f" to {train.lr_final_fraction:g} at step {train.decay_steps or setup.total_steps}"
+        course += f" to {train.lr_final_fraction:g} at step {decay_steps or train.decay_steps or setup.total_steps}"
     return text + course + (f", warm-up {train.warmup_steps} steps" if train.warmup_steps else "")

@@ -41,10 +41,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no run here (there is no run.json in it)")
+    way_out = "move it away: the checkpoints beside it go on without it"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        raise ValueError(f"{path}: not readable as JSON ({error}); {way_out}") from error
+    missing = {"run", "status", "config", "decided", "best"} - set(record if isinstance(record, dict) else ())
+    if missing:
+        raise ValueError(f"{path}: not the record of a run, {', '.join(sorted(missing))} missing; {way_out}")
+    return record
 
 
 def _finite(value: Any) -> Any:
@@ -71,6 +76,13 @@ def read_history(folder: Path):
     return pandas.read_csv(folder / "history.csv")
 
 
+def best_row(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row with the lowest validation loss; one that is not finite is never the best."""
+    return min(
+        (row for row in history if math.isfinite(row["val_loss"])), key=lambda row: row["val_loss"], default=None
+    )
+
+
 # --- the curves -------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +102,9 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, A
     accuracy.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_BLUE, label="validation", **style)
     if known:
         _plot_published(known, loss, ppl, accuracy)
-    best = min(history, key=lambda row: row["val_loss"])
+    best = best_row(history)
+    if best is None:
+        return
     star = {"color": _BLUE, "markersize": 13, "linestyle": "none", "label": f"best: {best['val_ppl']:.2f}"}
     ppl.plot([best["epoch"]], [best["val_ppl"]], marker="*", **star)
     if record["published_protocol"]:
@@ -175,7 +189,8 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
         _history_table(record, history),
         "## Samples",
         "After the first words (bold) of long validation texts; temperature 0.8, `<UNK>` left out.",
-        "\n\n".join(f"> {sample}" for sample in record["samples"]) or "None: the run has no trained weights yet.",
+        "\n\n".join("> " + sample.replace("<", "\\<") for sample in record["samples"])
+        or "None: the run has no trained weights yet.",
         "",
     ]
     write_text_atomic(folder / "report.md", "\n\n".join(parts))

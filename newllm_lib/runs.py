@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from newllm_lib import presets, published, report
-from newllm_lib.checkpoint import CheckpointError, Checkpoints, export_model, load_checkpoint, load_exported
-from newllm_lib.config import BOS, ModelConfig, RunConfig, build
-from newllm_lib.generate import generate
-from newllm_lib.hardware import choose_precision, detect, environment
+from newllm_lib import presets, report
+from newllm_lib.checkpoint import CheckpointError, Checkpoints, load_checkpoint, load_exported, load_weights
+from newllm_lib.config import RunConfig
+from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import Metrics, evaluate_split
 from newllm_lib.model import NewLLM
-from newllm_lib.planning import is_published_protocol, make_setup, plan_lines, unfaithful_reason
+from newllm_lib.planning import make_setup, plan_lines
 from newllm_lib.progress import Progress, TerminalProgress
+from newllm_lib.recorder import Recorder, command
 from newllm_lib.recurrence import get_engine
 from newllm_lib.step import TrainingError
 from newllm_lib.text.prepare import prepare
 from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
 from newllm_lib.trainer import Setup, Trainer
-
-SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
-"""A report's samples: how many, after how many tokens of a validation text, of how many tokens."""
 
 
 class Run:
@@ -37,7 +33,7 @@ class Run:
         self.record: dict[str, Any] = report.read_record(self.folder)
 
     def __repr__(self) -> str:
-        best = f", PPL {self.best['val_ppl']:.2f}" if self.best else ""
+        best = f", PPL {self.best['val_ppl']:.2f}" if self.best and self.best["val_ppl"] else ""
         return f"Run({str(self.folder)!r}, {self.record['status']}{best})"
 
     @property
@@ -56,24 +52,29 @@ class Run:
         return report.read_history(self.folder)
 
     @cached_property
-    def _loaded(self) -> tuple[NewLLM, WordTokenizer]:
-        exported = self.folder / "model"
-        if (exported / "model.safetensors").exists():
-            return load_exported(exported)
-        payload = load_checkpoint(Checkpoints(self.folder / "checkpoints", self.record["run"]).best, _to_stderr)
-        model = NewLLM(build(ModelConfig, payload["config"]["model"]))
-        model.load_state_dict(payload["model"])
-        return model, tokenizer_from_dict(payload["tokenizer"])
+    def _loaded(self) -> Loaded:
+        return load_model(self.folder)
 
     @property
     def model(self) -> NewLLM:
         """The best weights, on the CPU, in evaluation mode."""
-        return self._loaded[0].eval()
+        return self._loaded.model
 
     @property
     def tokenizer(self) -> WordTokenizer:
         """The tokenizer that the run was trained with."""
-        return self._loaded[1]
+        return self._loaded.tokenizer
+
+
+class Loaded(NamedTuple):
+    """A trained model with what belongs to it."""
+
+    model: NewLLM
+    tokenizer: WordTokenizer
+    config: RunConfig | None
+    """None for a bare model folder."""
+    fingerprint: str | None
+    """sha256 of the text that it was trained on, where that is known."""
 
 
 def resolve(config: str | RunConfig = "auto", **overrides) -> RunConfig:
@@ -103,19 +104,19 @@ def train(
     model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
     model.to(setup.machine.device)
     trainer = Trainer(setup, model, Checkpoints(folder / "checkpoints", folder.name), progress)
-    continued = _continue(trainer, progress)
+    _continue(trainer, earlier, progress)
     if trainer.ended() and earlier.get("status") == trainer.ended():
-        progress.message(
-            f"this run has already {trainer.ended()}: {folder} (more: --epochs or --max-steps; anew: --fresh)"
-        )
+        progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
         return Run(folder)
-    writer = _Writer(trainer, folder, earlier.get("commands", []))
-    if not continued:
-        for name, text in plan_lines(setup, str(folder)):
+    recorder = Recorder(trainer, folder, earlier)
+    if not trainer.state.step:
+        for name, text in recorder.record["plan"]:
             progress.message(f"{name:>10}  {text}")
-    if reason := writer.record["faithful_reason"]:
+    elif setup.precision.substituted:
+        progress.message(f"warning: precision {setup.precision.name}: {setup.precision.reason}")
+    if reason := recorder.record["faithful_reason"]:
         progress.message(f"warning: not faithful to the published run: {reason}")
-    return _fit(trainer, writer, progress)
+    return _fit(trainer, recorder, progress)
 
 
 def _setup_and_folder(requested: RunConfig, fresh: bool, progress: Progress) -> tuple[Setup, Path, dict[str, Any]]:
@@ -128,7 +129,7 @@ def _setup_and_folder(requested: RunConfig, fresh: bool, progress: Progress) -> 
     if not (folder / "run.json").exists():
         return setup, folder, {}
     earlier = report.read_record(folder)
-    return make_setup(requested, earlier["decided"]), folder, earlier
+    return make_setup(requested, earlier["decided"], setup.prepared), folder, earlier
 
 
 def run_folder(setup: Setup) -> Path:
@@ -142,25 +143,38 @@ def _set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
-def _continue(trainer: Trainer, progress: Progress) -> bool:
-    """Restore the newest valid checkpoint, if there is one, and say where the run goes on."""
+def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> None:
+    """Restore the newest valid checkpoint, if there is one, and say where the run goes on.
+
+    CheckpointError where the folder held a trained run whose checkpoints are gone: starting over would replace it.
+    """
     found = trainer.checkpoints.newest_valid(lambda text: progress.message(f"warning: {text}"))
     if found is None:
-        if trainer.checkpoints.files():
-            progress.message("warning: no checkpoint of this run can be read; it starts from the beginning")
-        return False
+        if earlier.get("step"):
+            raise CheckpointError(
+                f"{trainer.checkpoints.folder}: the checkpoints of this run are gone (it was at step "
+                f"{earlier['step']}); --fresh keeps what is left under another name and starts over"
+            )
+        return
     path, payload = found
     trainer.restore(payload, path)
     state, total = trainer.state, trainer.setup.total_steps
-    best = f", best PPL so far {min(row['val_ppl'] for row in state.history):.2f}" if state.history else ""
-    progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: step {state.step} of {total}{best}")
-    return True
+    best = report.best_row(state.history)
+    so_far = f", best PPL so far {best['val_ppl']:.2f}" if best else ""
+    progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: step {state.step} of {total}{so_far}")
 
 
-def _fit(trainer: Trainer, writer: _Writer, progress: Progress) -> Run:
+def _how_to_extend(trainer: Trainer) -> str:
+    if trainer.ended() == "stopped early":
+        return "more: a larger --patience; anew: --fresh"
+    decays = trainer.setup.config.train.lr_schedule != "constant"
+    return "more: --epochs or --max-steps" + (" with --decay-steps" if decays else "") + "; anew: --fresh"
+
+
+def _fit(trainer: Trainer, recorder: Recorder, progress: Progress) -> Run:
     """Train to the end and write what the run leaves behind, however it ends."""
-    trainer.on_validation = writer.validated
-    writer.write("running")
+    trainer.on_validation = recorder.validated
+    recorder.write("running")
     status = "failed"
     try:
         status = trainer.fit()
@@ -173,94 +187,21 @@ def _fit(trainer: Trainer, writer: _Writer, progress: Progress) -> Run:
         raise TrainingError(f"{error}. Stopped at step {trainer.state.step}; {where}. A lower --lr may help") from error
     finally:
         progress.close()
-        writer.write(status)
+        recorder.write(status)
         if status == "interrupted":
-            progress.message(f"interrupted at step {trainer.state.step}; the same command continues it: {command()}")
-    return Run(writer.folder)
+            _tell_how_to_continue(trainer, progress)
+    return Run(recorder.folder)
 
 
-class _Writer:
-    """Keeps the run's folder up to date while it trains."""
-
-    def __init__(self, trainer: Trainer, folder: Path, earlier_commands: list[str]):
-        self.trainer, self.folder = trainer, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        commands = [*earlier_commands, command()]
-        self.record = self._fixed() | {"commands": list(dict.fromkeys(commands)), "samples": []}
-
-    def _fixed(self) -> dict[str, Any]:
-        setup = self.trainer.setup
-        reason = unfaithful_reason(setup) if setup.config.preset in published.RUNS else None
-        split = setup.validation_split
-        is_cuda = setup.machine.kind == "cuda"
-        return {
-            "run": self.folder.name,
-            "preset": setup.config.preset,
-            "status": "running",
-            "identity": setup.identity,
-            "parameters": setup.config.model.num_parameters,
-            "published_protocol": is_published_protocol(setup),
-            "faithful": None if setup.config.preset not in published.RUNS else reason is None,
-            "faithful_reason": reason,
-            "decided": {
-                "batch_size": setup.config.train.batch_size,
-                "precision": setup.precision.name,
-                "engine": setup.engine_name,
-            },
-            "plan": plan_lines(setup, str(self.folder)),
-            "data": {
-                "name": setup.prepared.corpus_name,
-                "fingerprint": setup.prepared.fingerprint,
-                "training_sequences": len(setup.train_split.ids),
-                "training_tokens": setup.train_split.num_tokens,
-            },
-            "validation": {"tokens": split.num_tokens, "unknown_share": split.unknown_share},
-            "peak_memory_meaning": "of tensors on the GPU" if is_cuda else "resident memory of the process",
-            "environment": environment(setup.machine),
-            "config": setup.config.to_dict(),
-        }
-
-    def validated(self, best: bool) -> None:
-        """After each validation: the weights if they are the best, then the tables."""
-        if best:
-            export_model(self.folder / "model", self.trainer.model, self.trainer.setup.prepared.tokenizer)
-        report.write_history(self.folder, self.trainer.state.history)
-        self._write_record("running")
-
-    def write(self, status: str) -> None:
-        """Everything, with the run's status."""
-        history = self.trainer.state.history
-        self.record["samples"] = self._samples() if status != "running" else []
-        self._write_record(status)
-        report.write_history(self.folder, history)
-        if history:
-            report.write_curves(self.folder, self.record, history)
-        report.write_report(self.folder, self.record, history)
-
-    def _write_record(self, status: str) -> None:
-        state, setup = self.trainer.state, self.trainer.setup
-        best = min(state.history, key=lambda row: row["val_loss"], default=None)
-        self.record |= {"status": status, "step": state.step, "total_steps": setup.total_steps, "best": best}
-        if best:
-            peak = max(row["peak_memory_bytes"] for row in state.history)
-            self.record["peak_memory_bytes"] = peak
-            self.record["peak_memory_share"] = round(peak / setup.machine.memory_bytes, 4)
-        report.write_record(self.folder, self.record)
-
-    def _samples(self) -> list[str]:
-        """Texts that the best weights write after the first words of validation texts."""
-        if not (self.folder / "model" / "model.safetensors").exists():
-            return []
-        model, tokenizer = load_exported(self.folder / "model")
-        texts = self.trainer.setup.prepared.texts["validation"]
-        longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
-        samples = []
-        for seed, index in enumerate(longest):
-            prompt = torch.tensor([[BOS, *texts[index][:SAMPLE_PROMPT_TOKENS].tolist()]])
-            generator = torch.Generator().manual_seed(seed)
-            new = generate(model.eval(), prompt, SAMPLE_TOKENS, generator=generator).tokens
-            samples.append(f"**{tokenizer.decode(prompt[0])}** {tokenizer.decode(new[0])}")
-        return samples
+def _tell_how_to_continue(trainer: Trainer, progress: Progress) -> None:
+    newest = next(iter(trainer.checkpoints.files()), None)
+    again = command().replace(" --fresh", "")
+    if newest is None:
+        progress.message(
+            f"interrupted at step {trainer.state.step}, before the first checkpoint; to start again: {again}"
+        )
+    else:
+        progress.message(f"interrupted; {newest.name} is saved, and this command continues it: {again}")
 
 
 def load(folder: str | Path) -> Run:
@@ -268,21 +209,32 @@ def load(folder: str | Path) -> Run:
     return Run(folder)
 
 
-def load_model(place: str | Path) -> tuple[NewLLM, WordTokenizer]:
-    """Model and tokenizer of a run's folder, of its model/ folder, or of a checkpoint file."""
+def load_model(place: str | Path) -> Loaded:
+    """The best model of a run's folder, or that of a model/ folder or of a checkpoint file, in evaluation mode.
+
+    FileNotFoundError where there is nothing, CheckpointError where it cannot be read.
+    """
     path = Path(place)
     if path.is_file():
-        payload = load_checkpoint(path, _to_stderr)
-        model = NewLLM(build(ModelConfig, payload["config"]["model"]))
-        model.load_state_dict(payload["model"])
-        return model.eval(), tokenizer_from_dict(payload["tokenizer"])
+        return _from_checkpoint(path)
     if (path / "model.safetensors").exists():
         model, tokenizer = load_exported(path)
-        return model.eval(), tokenizer
+        return Loaded(model.eval(), tokenizer, None, None)
     if not path.is_dir():
         raise FileNotFoundError(f"{place}: no such run, model folder or checkpoint")
     run = Run(path)
-    return run.model, run.tokenizer
+    if not (path / "model" / "model.safetensors").exists():
+        return _from_checkpoint(Checkpoints(path / "checkpoints", run.record["run"]).best)
+    model, tokenizer = load_exported(path / "model")
+    return Loaded(model.eval(), tokenizer, run.config, run.record["data"]["fingerprint"])
+
+
+def _from_checkpoint(path: Path) -> Loaded:
+    payload = load_checkpoint(path, _to_stderr)
+    config, tokenizer = RunConfig.from_dict(payload["config"]), tokenizer_from_dict(payload["tokenizer"])
+    model = NewLLM(config.model)
+    load_weights(model, payload, path)
+    return Loaded(model.eval(), tokenizer, config, payload["data_fingerprint"])
 
 
 def evaluate(
@@ -296,41 +248,37 @@ def evaluate(
 ) -> Metrics:
     """Scores on a split of some data (None = what the run was trained on), read by the run's own protocol.
 
-    what: a Run, its folder, or a model (then with its tokenizer). FP32 unless told otherwise. ValueError when the
-    tokenizer and the model do not belong together, or the data has no such split.
+    what: a Run; the place of a run, a model folder or a checkpoint; or a model, then with its tokenizer. config: the
+    protocol, where `what` has none of its own. FP32 unless told otherwise. ValueError when the tokenizer and the model
+    do not belong together, the run's text has changed, or the data has no such split.
     """
-    if isinstance(what, (str, Path)) and (Path(what) / "run.json").exists():
-        what = Run(what)
-    if isinstance(what, Run):
-        config, model, tokenizer = config or what.config, what.model, what.tokenizer
-    elif isinstance(what, NewLLM):
-        model = what
+    if isinstance(what, NewLLM):
+        if tokenizer is None:
+            raise ValueError("evaluate(model, ...) needs the model's tokenizer: pass tokenizer=..., or the run itself")
+        loaded = Loaded(what, tokenizer, config, None)
     else:
-        model, tokenizer = load_model(what)
-    if tokenizer is None:
-        raise ValueError("evaluate(model, ...) needs the model's tokenizer: pass tokenizer=..., or the run itself")
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+        loaded = what._loaded if isinstance(what, Run) else load_model(what)
+    if loaded.tokenizer.vocab_size != loaded.model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {loaded.tokenizer.vocab_size} ids, the model {loaded.model.config.vocab_size}"
+        )
+    config = config or loaded.config
+    if data is None and config is None:
+        raise ValueError(f"{what}: a model alone does not know its text: say which with data= (in the shell --data)")
     config = config or RunConfig()
-    prepared = prepare(config.replace(data=data) if data else config, tokenizer)
-    device = str(model.output.weight.device)
-    chosen = choose_precision(precision, detect(device))
+    prepared = prepare(config.replace(data=data) if data else config, loaded.tokenizer)
+    if data is None and loaded.fingerprint not in (None, prepared.fingerprint):
+        raise ValueError(
+            f"data {config.data}: the text has changed since the run was trained; to score it all the same, "
+            "name it with data= (in the shell --data)"
+        )
+    machine = detect(str(loaded.model.output.weight.device))
+    chosen, engine = choose_precision(precision, machine), get_engine("auto")[1]
+    if chosen.substituted:
+        _to_stderr(f"scored in {chosen.name}: {chosen.reason}")
     batch = config.train.eval_batch_size
-    return evaluate_split(
-        model, prepared.split(split), precision=chosen, batch_size=batch, engine=get_engine("auto")[1]
-    )
-
-
-def command() -> str:
-    """How this process was called, for the record; Python and notebooks say so."""
-    program = Path(sys.argv[0]).name
-    if program in ("newllm", "__main__.py"):
-        return shlex.join(["newllm", *sys.argv[1:]])
-    return "newllm_lib.train(...) from Python"
+    return evaluate_split(loaded.model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine)
 
 
 def _to_stderr(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
-
-
-__all__ = ["CheckpointError", "Run", "evaluate", "load", "load_model", "plan", "resolve", "train"]

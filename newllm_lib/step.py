@@ -54,6 +54,8 @@ def optimizer_step(
     `micro_batch` rows at a time go forward and backward. A non-finite loss, or without a scaler a non-finite
     gradient, raises TrainingError before any weight changes.
     """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     rows, device = len(ids), ids.device
     tokens, targets = ids[:, :-1], ids[:, 1:]
     lengths = (targets != PAD).sum(1)
@@ -82,8 +84,6 @@ def optimizer_step(
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
     return StepResult(float(nll_sum), num_targets, norm, skipped, torch.cat(contexts))
 
 

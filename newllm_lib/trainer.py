@@ -23,12 +23,11 @@ from newllm_lib.checkpoint import (
     Checkpoints,
     generator_states,
     load_weights,
-    recorded_step,
     restore_generators,
     save_checkpoint,
 )
 from newllm_lib.config import RunConfig, flat_fields
-from newllm_lib.hardware import Machine, Precision, cpu_threads, peak_memory_bytes
+from newllm_lib.hardware import Machine, Precision, cpu_threads, peak_memory_bytes, reset_peak_memory
 from newllm_lib.metrics import evaluate_split
 from newllm_lib.model import NewLLM
 from newllm_lib.progress import Progress
@@ -105,6 +104,7 @@ class Trainer:
         self._ids = torch.from_numpy(setup.train_split.ids).to(setup.machine.device)
         self._stop = _StopRequest(self.progress)
         self._last_save = time.monotonic()
+        self._torn = False  # whether an exception may have left a step half done
 
     def fit(self) -> str:
         """Train to the end of the plan; returns 'finished', 'stopped early' or 'interrupted'.
@@ -112,17 +112,30 @@ class Trainer:
         Ctrl-C or SIGTERM ends the step, saves and returns; a second Ctrl-C stops at once. Raises TrainingError when
         the loss is no longer finite.
         """
+        if self._torn:
+            self._restore_newest()
         self.model.train()
+        reset_peak_memory(self.setup.machine)
         self._last_save = time.monotonic()
+        self._torn = True
         with self._stop.listening(), cpu_threads(self.setup.machine.threads):
             while not (ended := self.ended()) and not self._stop.requested:
                 self._train_batch()
+            self._torn = False
             if not ended:
                 self._save_step()
                 return "interrupted"
-        if recorded_step(self.checkpoints.final) != self.state.step:
-            self._save(self.checkpoints.final)
+        self._save(self.checkpoints.final)
         return ended
+
+    def _restore_newest(self) -> None:
+        """Back to the newest checkpoint: what is in memory may be half of a step."""
+        found = self.checkpoints.newest_valid(self.progress.message)
+        if found is None:
+            raise TrainingError("an earlier fit ended within a step and left no checkpoint: make a new Trainer")
+        path, payload = found
+        self.scaler = torch.amp.GradScaler(self.setup.machine.kind, enabled=self.scaler.is_enabled())
+        self.restore(payload, path)
 
     def request_stop(self) -> None:
         """Let `fit` end after the step it is in, as Ctrl-C does."""
@@ -131,8 +144,8 @@ class Trainer:
     def ended(self) -> str:
         """'finished' or 'stopped early' when nothing is left to train, else ''."""
         train, state = self.setup.config.train, self.state
-        if state.step >= self.setup.total_steps:
-            return "finished"
+        if state.step >= self.setup.total_steps or (train.epochs and state.epoch >= train.epochs):
+            return "finished"  # by epochs where skipped steps leave fewer updates than planned
         return "stopped early" if train.patience and state.stale_validations >= train.patience else ""
 
     def _train_batch(self) -> None:
@@ -275,7 +288,8 @@ class Trainer:
         load_weights(self.model, payload, path)
         for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(payload["scaler"])
+        if self.scaler.is_enabled() and payload["scaler"]:  # empty where the run went on in another precision
+            self.scaler.load_state_dict(payload["scaler"])
         context = payload["context"]
         self.context = None if context is None else context.to(self.setup.machine.device)
         self.state = TrainState(**payload["state"])
@@ -310,7 +324,8 @@ def difference(payload: dict[str, Any], setup: Setup) -> str:
         for key, value in new[section].items()
         if flat_fields()[key].metadata["identity"] and key != "data" and old[section].get(key) != value
     ]
-    return "of a run with other settings: " + "; ".join(changed) + ". Use another --name, or --fresh"
+    what = "; ".join(changed) or "the vocab_size or batch_size that was asked for, or the library's identity version"
+    return f"of a run with other settings: {what}. Use another --name, or --fresh"
 
 
 @lru_cache(maxsize=2)  # asked for at every batch of an epoch

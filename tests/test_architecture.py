@@ -35,7 +35,9 @@ ROOMS = [
     "progress",
     "trainer",
     "planning",
+    "recorder",
     "runs",
+    "study",
     "cli",
 ]
 """In import order: a room imports from those above it only (design.md)."""

@@ -62,7 +62,7 @@ def load_corpus(config: DataConfig) -> Corpus:
             return _from_hub(sources[0])
         if Path(sources[0]).is_dir():
             return _from_folder(Path(sources[0]), config.text_unit)
-    return _from_files([path for source in sources for path in _expand(source)], config)
+    return _from_files(list(dict.fromkeys(path for source in sources for path in _expand(source))), config)
 
 
 def _expand(source: str) -> list[Path]:
@@ -100,7 +100,7 @@ def _from_folder(folder: Path, unit: str) -> Corpus:
                 f"data {folder}: no {split} split. Name it {example} (or wiki.{example[:5]}.tokens, .raw); the folder "
                 f'holds {there}. For loose text files give a pattern instead: --data "{folder}/*.txt"'
             )
-    return Corpus(folder.name, {split: read_texts(path, unit) for split, path in files.items()})
+    return Corpus(folder.resolve().name, {split: read_texts(path, unit) for split, path in files.items()})
 
 
 def _split_of(path: Path) -> str | None:

@@ -1,0 +1,138 @@
+"""Keeps a run's folder up to date while it trains: the weights to take away, the record, the tables, the report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm_lib import presets, report
+from newllm_lib.checkpoint import CheckpointError, export_model, load_checkpoint, load_exported
+from newllm_lib.config import BOS
+from newllm_lib.generate import generate
+from newllm_lib.hardware import environment
+from newllm_lib.model import NewLLM
+from newllm_lib.planning import is_published_protocol, plan_lines, unfaithful_reason
+from newllm_lib.trainer import Trainer
+
+SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
+"""A report's samples: how many, after how many tokens of a validation text, of how many tokens."""
+
+
+class Recorder:
+    """Writes what a run leaves behind; `earlier` is the record of the part of the run before this one."""
+
+    def __init__(self, trainer: Trainer, folder: Path, earlier: dict[str, Any]):
+        self.trainer, self.folder = trainer, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        commands = [*earlier.get("commands", []), command()]
+        self.record = self._fixed(earlier) | {"commands": list(dict.fromkeys(commands)), "samples": []}
+
+    def _fixed(self, earlier: dict[str, Any]) -> dict[str, Any]:
+        """What does not change while it trains."""
+        setup = self.trainer.setup
+        faithful, reason = self._faithful(earlier)
+        return {
+            "run": self.folder.name,
+            "preset": setup.config.preset,
+            "status": "running",
+            "identity": setup.identity,
+            "parameters": setup.config.model.num_parameters,
+            "published_protocol": is_published_protocol(setup),
+            "faithful": faithful,
+            "faithful_reason": reason,
+            "decided": {
+                "batch_size": setup.config.train.batch_size,
+                "precision": setup.precision.name,
+                "engine": setup.engine_name,
+            },
+            "plan": plan_lines(setup, str(self.folder), self.trainer.state.decay_steps),
+            "data": {
+                "name": setup.prepared.corpus_name,
+                "fingerprint": setup.prepared.fingerprint,
+                "training_sequences": len(setup.train_split.ids),
+                "training_tokens": setup.train_split.num_tokens,
+            },
+            "validation": {
+                "tokens": setup.validation_split.num_tokens,
+                "unknown_share": setup.validation_split.unknown_share,
+            },
+            "peak_memory_meaning": (
+                "of tensors on the GPU" if setup.machine.kind == "cuda" else "resident memory of the process"
+            ),
+            "environment": environment(setup.machine),
+            "config": setup.config.to_dict(),
+        }
+
+    def _faithful(self, earlier: dict[str, Any]) -> tuple[bool | None, str | None]:
+        """Whether this is the published run; once a part of it was not, the whole is not."""
+        if self.trainer.setup.config.preset not in presets.FAITHFUL:
+            return None, None
+        reason = unfaithful_reason(self.trainer.setup) or earlier.get("faithful_reason")
+        return reason is None, reason
+
+    def validated(self, best: bool) -> None:
+        """After each validation: the weights if they are the best, then the tables."""
+        if best:
+            export_model(self.folder / "model", self.trainer.model, self.trainer.setup.prepared.tokenizer)
+        report.write_history(self.folder, self.trainer.state.history)
+        self._write_record("running")
+
+    def write(self, status: str) -> None:
+        """Everything, with the run's status."""
+        history = self.trainer.state.history
+        if history:
+            self._export_best()
+        self.record["samples"] = self._samples() if status != "running" else []
+        self._write_record(status)
+        report.write_history(self.folder, history)
+        if history:
+            report.write_curves(self.folder, self.record, history)
+        report.write_report(self.folder, self.record, history)
+
+    def _export_best(self) -> None:
+        """model/ from the best checkpoint: a run may have ended between the two."""
+        try:
+            payload = load_checkpoint(self.trainer.checkpoints.best, self.trainer.progress.message)
+        except CheckpointError as error:
+            self.trainer.progress.message(f"warning: {error}; model/ stays as it is")
+            return
+        model = NewLLM(self.trainer.setup.config.model)
+        model.load_state_dict(payload["model"])
+        export_model(self.folder / "model", model, self.trainer.setup.prepared.tokenizer)
+
+    def _write_record(self, status: str) -> None:
+        state, setup = self.trainer.state, self.trainer.setup
+        best = report.best_row(state.history)
+        self.record |= {"status": status, "step": state.step, "total_steps": setup.total_steps, "best": best}
+        if best:
+            peak = max(row["peak_memory_bytes"] for row in state.history)
+            self.record["peak_memory_bytes"] = peak
+            self.record["peak_memory_share"] = round(peak / setup.machine.memory_bytes, 4)
+        report.write_record(self.folder, self.record)
+
+    def _samples(self) -> list[str]:
+        """Texts that the best weights write after the first words of validation texts."""
+        if not (self.folder / "model" / "model.safetensors").exists():
+            return []
+        model, tokenizer = load_exported(self.folder / "model")
+        texts = self.trainer.setup.prepared.texts["validation"]
+        longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
+        samples = []
+        for seed, index in enumerate(longest):
+            prompt = torch.tensor([[BOS, *texts[index][:SAMPLE_PROMPT_TOKENS].tolist()]])
+            generator = torch.Generator().manual_seed(seed)
+            new = generate(model.eval(), prompt, SAMPLE_TOKENS, generator=generator).tokens
+            samples.append(f"**{tokenizer.decode(prompt[0])}** {tokenizer.decode(new[0])}")
+        return samples
+
+
+def command() -> str:
+    """How this process was called, for the record; Python and notebooks say so."""
+    program = Path(sys.argv[0]).name
+    if program in ("newllm", "__main__.py"):
+        return shlex.join(["newllm", *sys.argv[1:]])
+    return "newllm_lib.train(...) from Python"
