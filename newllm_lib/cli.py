@@ -1,4 +1,4 @@
-"""The command `newllm`: train, presets, evaluate, generate.
+"""The command `newllm`: train, presets, evaluate, generate, bench.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 failed or interrupted,
 2 wrong usage. NEWLLM_DEBUG=1 shows the traceback behind a message.
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -262,6 +263,29 @@ def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: boo
     seeds = [None if seed is None else seed + number for number in range(samples)]
     texts = [generate_text(model, tokenizer, prompt, chosen, **options) for chosen in seeds]
     click.echo(json.dumps(texts, ensure_ascii=False, indent=2) if as_json else "\n\n".join(texts))
+
+
+@main.command()
+@click.option("--data", default="builtin", show_default=True, help="Text whose real batches are used (as for train).")
+@click.option(
+    "--part", "parts", multiple=True, help="batch, fp32, length, hidden_dim, num_layers; repeat (default: all)."
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured steps a case (median).")
+@click.option(
+    "--memory/--no-memory", default=True, show_default=True, help="Measure peak memory in processes of its own."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("results/bench"), show_default=True, help="Folder."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what bench.json holds instead of the table.")
+def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Path, as_json: bool) -> None:
+    """Time training steps of the engines beside the published loop, an LSTM and the machine's own product rate."""
+    from newllm_lib.study.bench import PARTS, run_bench
+    from newllm_lib.study.bench_report import table_text
+
+    result = run_bench(data, out, list(parts or PARTS), rounds, memory, lambda text: click.echo(text, err=True))
+    click.echo(json.dumps(result, indent=2) if as_json else table_text(result))
+    click.echo(f"left in {out}/: bench.json, bench.md, bench.png", err=True)
 
 
 if __name__ == "__main__":

@@ -138,25 +138,22 @@ def default_batch_size(machine: Machine) -> int:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction set flags as Linux lists them, or what torch can tell elsewhere."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return frozenset(line.split(":", 1)[1].split())
-    except OSError:
-        return frozenset()
-    return frozenset()
+    """Instruction set flags as Linux lists them; none where it is not Linux."""
+    return frozenset((_proc_line("/proc/cpuinfo", "flags") or "").split())
 
 
 def cpu_name() -> str:
     """Model name of the processor."""
+    return _proc_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _proc_line(path: str, key: str) -> str | None:
+    """The value of the first line 'key : value' of a file that Linux keeps, None elsewhere."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), None)
 
 
 def _ram_bytes() -> int:
@@ -167,6 +164,9 @@ def peak_memory_bytes(machine: Machine) -> int:
     """GPU: most memory that tensors held at once. CPU: most resident memory of this process since it started."""
     if machine.kind == "cuda":
         return torch.cuda.max_memory_allocated(machine.device)
+    peak = _proc_line("/proc/self/status", "VmHWM")  # ru_maxrss would count the parent's memory at the start too
+    if peak:
+        return int(peak.split()[0]) * 1024
     import resource  # POSIX only, and so imported where it is used
 
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,7 +7,7 @@ from typing import Any
 from newllm_lib import presets, published, schedule
 from newllm_lib.config import FlatField, ModelConfig, RunConfig, flat_fields
 from newllm_lib.hardware import Machine, Precision, choose_precision, default_batch_size, detect
-from newllm_lib.recurrence import get_engine
+from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.text.prepare import Prepared, Split, prepare
 from newllm_lib.trainer import Setup
 
@@ -22,7 +22,8 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
     train = config.train
     machine = detect(train.device, train.threads)
     precision = _precision(train.precision, decided.get("precision"), machine)
-    engine_name, engine = get_engine(decided.get("engine", "auto") if train.engine == "auto" else train.engine)
+    wanted = decided.get("engine", "auto") if train.engine == "auto" else train.engine
+    engine = choose_engine(wanted, precision, machine.device)
     prepared = prepared or prepare(config)
     identity = config.identity(prepared.fingerprint)  # of what was asked for: what is left open stays open in it
     config = prepared.config
@@ -37,7 +38,6 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
         identity=identity,
         machine=machine,
         precision=precision,
-        engine_name=engine_name,
         engine=engine,
         train_split=train_split,
         validation_split=prepared.split("validation"),
@@ -132,7 +132,7 @@ def plan_lines(setup: Setup, folder: str, decay_steps: int | None = None) -> lis
         ("tokens", f"{train_split.num_tokens:,} an epoch, {validation.num_tokens:,} in validation"),
         ("device", f"{setup.machine.name} ({setup.machine.device}, {setup.machine.threads} threads)"),
         ("precision", f"{setup.precision.name}: {setup.precision.reason}"),
-        ("engine", setup.engine_name),
+        ("engine", f"{setup.engine.name}: {setup.engine.reason}"),
         ("batch", f"{train.batch_size} sequences, about {tokens_per_step:,.0f} tokens a step"
                   + (f", {micro} at a time" if micro else "")),
         ("steps", f"{setup.total_steps:,} ({setup.steps_per_epoch:,} an epoch, "

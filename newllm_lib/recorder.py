@@ -47,7 +47,7 @@ class Recorder:
             "decided": {
                 "batch_size": setup.config.train.batch_size,
                 "precision": setup.precision.name,
-                "engine": setup.engine_name,
+                "engine": setup.engine.name,
             },
             "plan": plan_lines(setup, str(self.folder), self.trainer.state.decay_steps),
             "data": {

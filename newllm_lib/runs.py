@@ -18,7 +18,7 @@ from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup, plan_lines
 from newllm_lib.progress import Progress, TerminalProgress
 from newllm_lib.recorder import Recorder, command
-from newllm_lib.recurrence import get_engine
+from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.step import TrainingError
 from newllm_lib.text.prepare import prepare
 from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
@@ -273,7 +273,8 @@ def evaluate(
             "name it with data= (in the shell --data)"
         )
     machine = detect(str(loaded.model.output.weight.device))
-    chosen, engine = choose_precision(precision, machine), get_engine("auto")[1]
+    chosen = choose_precision(precision, machine)
+    engine = choose_engine("auto", chosen, machine.device).run
     if chosen.substituted:
         _to_stderr(f"scored in {chosen.name}: {chosen.reason}")
     batch = config.train.eval_batch_size

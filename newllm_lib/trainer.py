@@ -31,6 +31,7 @@ from newllm_lib.hardware import Machine, Precision, cpu_threads, peak_memory_byt
 from newllm_lib.metrics import evaluate_split
 from newllm_lib.model import NewLLM
 from newllm_lib.progress import Progress
+from newllm_lib.recurrence.selfcheck import EngineChoice
 from newllm_lib.step import StepResult, TrainingError, make_optimizers, optimizer_step, set_rates
 from newllm_lib.text.prepare import Prepared, Split
 
@@ -70,8 +71,7 @@ class Setup:
     identity: str
     machine: Machine
     precision: Precision
-    engine_name: str
-    engine: Callable
+    engine: EngineChoice
     train_split: Split
     validation_split: Split
     rate: schedule.Rate
@@ -160,7 +160,7 @@ class Trainer:
             self.optimizers,
             self.scaler,
             self._batch(),
-            engine=setup.engine,
+            engine=setup.engine.run,
             precision=setup.precision,
             clip=clip,
             micro_batch=train.micro_batch_size,
@@ -223,7 +223,7 @@ class Trainer:
             setup.validation_split,
             precision=setup.precision,
             batch_size=train.eval_batch_size,
-            engine=setup.engine,
+            engine=setup.engine.run,
         )
         row = {
             "step": state.step,

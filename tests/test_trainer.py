@@ -159,7 +159,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(text):
         model.initialise(torch.Generator().manual_seed(1))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        common = {"engine": setup.engine, "precision": setup.precision, "clip": 1e9}
+        common = {"engine": setup.engine.run, "precision": setup.precision, "clip": 1e9}
         optimizer_step(model, [optimizer], scaler, ids, micro_batch=micro, **common)
         results.append([parameter.detach().clone() for parameter in model.parameters()])
     for other in results[1:]:
@@ -173,7 +173,7 @@ def test_clipping_bounds_the_update(text):
     before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    result = optimizer_step(model, [optimizer], scaler, ids, engine=setup.engine, precision=setup.precision, clip=0.01)
+    result = optimizer_step(model, [optimizer], scaler, ids, engine=setup.engine.run, precision=setup.precision, clip=0.01)
     after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     assert result.grad_norm > 0.01
     assert (after - before).norm() == pytest.approx(0.01, rel=1e-4)
@@ -208,16 +208,16 @@ def test_fp16_continues_with_its_loss_scale(text, tmp_path):
 
 
 def spoiled(engine, calls: set[int]):
-    """An engine whose gradient is not finite in the given calls."""
+    """An engine choice whose gradient is not finite in the given calls."""
     count = iter(range(1_000_000))
 
     def run(*args):
-        hidden, context = engine(*args)
+        hidden, context = engine.run(*args)
         if hidden.requires_grad and next(count) in calls:
             hidden.register_hook(lambda gradient: gradient * math.nan)
         return hidden, context
 
-    return run
+    return engine._replace(run=run)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])

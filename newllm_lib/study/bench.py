@@ -6,6 +6,7 @@ tokens only (6 FLOP a matrix parameter), against the rate at which this machine 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from newllm_lib.config import PAD, ModelConfig, RunConfig, TrainConfig
+from newllm_lib.files import write_text_atomic
 from newllm_lib.hardware import (
     Machine,
     Precision,
@@ -30,10 +32,11 @@ from newllm_lib.hardware import (
     peak_memory_bytes,
 )
 from newllm_lib.model import NewLLM
-from newllm_lib.recurrence import get_engine
 from newllm_lib.recurrence.products import Product
+from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.step import make_optimizers, optimizer_step
 from newllm_lib.study.baselines import LSTMModel, PublishedLoop, plain_step
+from newllm_lib.study.bench_report import GROWTH, table_text, write_plot
 from newllm_lib.text.prepare import prepare
 
 SUBJECTS = ("published", "reference", "fused", "lstm")
@@ -68,7 +71,8 @@ def make_step(
     """
     train = train or TrainConfig()
     machine = detect(str(model.output.weight.device))
-    chosen, run = choose_precision(precision, machine), get_engine(engine)[1]
+    chosen = choose_precision(precision, machine)
+    run = choose_engine(engine, chosen, machine.device).run
     optimizers = make_optimizers(model, train, train.lr or train.lr_base)
     scaler = torch.amp.GradScaler(machine.kind, enabled=chosen.name == "fp16")
     calls = iter(range(1 << 62))
@@ -203,9 +207,9 @@ def product_rate(case: Case, precision: Precision, machine: Machine, seconds: fl
 
 def memory_bytes(case: Case, data: str) -> int:
     """Peak memory of two steps above what the process held before them (on a GPU: of tensors)."""
-    request = json.dumps({"case": case.__dict__, "data": data})
-    done = subprocess.run([sys.executable, "-m", __name__, request], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    request = json.dumps({"case": dataclasses.asdict(case), "data": data})
+    command = [sys.executable, "-m", "newllm_lib.study.bench", request]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def _memory_child(request: str) -> int:
@@ -218,15 +222,48 @@ def _memory_child(request: str) -> int:
     return peak_memory_bytes(machine) - before
 
 
-def save(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """bench.json and bench.md, bench.png in a folder."""
-    from newllm_lib.study.bench_report import write_plot, write_table
+# --- what `newllm bench` runs --------------------------------------------------------------------------------------
 
+PARTS: dict[str, list[Case]] = {
+    "batch": [Case(subject=name, batch=batch) for batch in (32, 128, 256, 512) for name in SUBJECTS],
+    "fp32": [Case(subject=name, precision="fp32") for name in SUBJECTS],
+    "length": [Case(subject=name, batch=64, length=length) for length in (64, 127, 253) for name in ("fused", "lstm")],
+    "hidden_dim": [Case(subject="fused", batch=128, hidden_dim=width) for width in (256, 512, 1024)],
+    "num_layers": [Case(subject="fused", batch=128, num_layers=layers) for layers in (2, 6, 12)],
+}
+"""Each part is one comparison, its cases taken in turn."""
+
+MEMORY = [Case(subject=name, batch=batch) for name, batch in (("published", 512), ("fused", 512), ("fused", 2048))]
+"""Cases whose peak memory is measured, each in a process of its own."""
+
+
+def run_bench(
+    data: str,
+    folder: Path,
+    parts: list[str],
+    rounds: int = 5,
+    memory: bool = True,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure the parts and write bench.json, bench.md and bench.png to a folder; returns what bench.json holds."""
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ValueError(f"unknown part {unknown[0]!r}: must be one of {', '.join(PARTS)}")
+    rows = []
+    for part in parts:
+        report(f"part {part}: {len(PARTS[part])} cases")
+        rows += [{"part": part, **row} for row in measure(PARTS[part], data, rounds, report)]
+    for case in MEMORY if memory else []:
+        report(f"memory of {case.subject} at batch {case.batch}")
+        row = {"part": "memory", **measure([case], data, 1, lambda text: None)[0]}
+        rows.append(row | {"memory_bytes": memory_bytes(case, data)})
+    result = {"environment": environment(detect()), "data": data, "rounds": rounds, "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"environment": environment(detect()), "rows": rows}
-    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    write_table(folder / "bench.md", result)
-    write_plot(folder / "bench.png", result)
+    write_text_atomic(folder / "bench.json", json.dumps(result, indent=2) + "\n")
+    write_text_atomic(folder / "bench.md", table_text(result))
+    if set(parts) & set(GROWTH):
+        write_plot(folder / "bench.png", result)
+    return result
 
 
 if __name__ == "__main__":
