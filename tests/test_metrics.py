@@ -1,11 +1,16 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
 from newllm_lib import metrics
-from newllm_lib.metrics import MetricSums, token_losses
+from newllm_lib.config import ModelConfig
+from newllm_lib.hardware import Precision
+from newllm_lib.metrics import MetricSums, evaluate_split, token_losses
+from newllm_lib.model import NewLLM
+from newllm_lib.text.prepare import Split
 
 
 def case(dtype, rows=3, length=7, width=5, vocab=9):
@@ -75,6 +80,24 @@ def test_an_enormous_loss_is_an_infinite_perplexity():
     assert metrics.perplexity(1e6, 1) == math.inf
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_mode_is_put_back_after_an_exception(training):
+    def stops(*_args):
+        raise KeyboardInterrupt
+
+    model = NewLLM(ModelConfig(vocab_size=6, hidden_dim=8)).train(training)
+    split = Split(np.array([[2, 4, 5, 3]], dtype=np.int32), carries_context=False)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_split(model, split, precision=Precision("fp32", ""), engine=stops)
+    assert model.training is training
+
+
 def test_nothing_to_score_is_an_error():
     with pytest.raises(ValueError, match="no token to score"):
         MetricSums().result()
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    values = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [5.0, 5.0, 5.0], [0.0, 1.0, 2.0]])
+    for index in (torch.tensor([1, 0, 0, 2]), torch.tensor([2, 1, 1, 2]), torch.tensor([0, 0, 2, 0])):
+        assert metrics._is_first_largest(values, index).tolist() == (values.argmax(1) == index).tolist()

@@ -26,6 +26,9 @@ from newllm_lib.recurrence.weights import Weights
 
 _EPSILON = 1e-5
 """Of the LayerNorm, torch's default."""
+_BLOCK = 1 << 14
+"""Tokens after which the backward loop makes its weight gradients: enough for products at full speed, few enough that
+what they are made from stays small beside the activations."""
 
 
 def recurrence(
@@ -110,10 +113,15 @@ class _Recurrence(torch.autograd.Function):
         if cell.scale != 1:
             grad_top = grad_top * cell.scale
         grad_state = grad_after[packing.order]
-        deltas = _run_back(cell, packing, ctx.trace, context[packing.order], grad_top, grad_state)
+        first, back = context[packing.order], _backward_products(cell, len(packing.order))
+        gradients = [torch.zeros_like(tensor) for tensor in tensors]
+        for steps in packing.blocks(_BLOCK):
+            deltas = _run_back(cell, back, packing, ctx.trace, first, grad_top, grad_state, steps)
+            parts = _weight_gradients(cell, packing, ctx.trace, deltas, tensors, steps)
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.add_(part)
         grad_context = torch.empty_like(context)
         grad_context[packing.order] = grad_state
-        gradients = _weight_gradients(cell, packing, ctx.trace, deltas, tensors)
         return None, None, None, None, grad_context, *gradients
 
 
@@ -189,16 +197,24 @@ def _mix(heads: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.addcmul(forget * state, write, candidate), candidate, forget, write
 
 
-def _run_back(
-    cell: _Cell, packing: Packing, trace: _Trace, first: Tensor, grad_top: Tensor, grad_state: Tensor
-) -> _Deltas:
-    """The loop backwards; `grad_state` (B, C) ends as the gradient of the first context (B, C)."""
-    deltas = _Deltas([torch.empty_like(h) for h in trace.hidden], torch.empty_like(trace.heads))
-    width, most = first.shape[1], len(packing.order)
-    back = [Product(weight.t(), rows=most) for weight in (cell.context, *(weight for weight, _ in cell.layers))]
-    gates = Product(cell.heads[0].t(), rows=most)
-    for t in reversed(range(len(packing.active))):
+def _backward_products(cell: _Cell, rows: int) -> tuple[list[Product], Product]:
+    """The weights the other way round: of every layer, and of the heads."""
+    weights = (cell.context, *(weight for weight, _ in cell.layers))
+    return [Product(weight.t(), rows=rows) for weight in weights], Product(cell.heads[0].t(), rows=rows)
+
+
+def _run_back(cell, back, packing: Packing, trace: _Trace, first, grad_top, grad_state, steps: range) -> _Deltas:
+    """Some steps of the loop backwards; `grad_state` (B, C) ends as the gradient of the context before them."""
+    layers, gates = back
+    start, end = packing.offsets[steps.start], packing.offsets[steps.stop]
+    deltas = _Deltas(
+        [h.new_empty(end - start, h.shape[1]) for h in trace.hidden],
+        trace.heads.new_empty(end - start, trace.heads.shape[1]),
+    )
+    width = first.shape[1]
+    for t in reversed(steps):
         rows, span = packing.active[t], packing.step(t)
+        here = slice(span.start - start, span.stop - start)
         state = first[:rows] if t == 0 else trace.after[packing.offsets[t - 1] : packing.offsets[t - 1] + rows]
         mixed, candidate, forget, write = _mix(trace.heads[span].to(state.dtype), state)
         grad = torch.ops.aten.hardtanh_backward(grad_state[:rows], trace.after[span], -cell.clamp, cell.clamp)
@@ -208,38 +224,41 @@ def _run_back(
         )
         deltas.norm.append(norm)
         deltas.norm_bias.append(norm_bias)
-        heads = deltas.heads[span]
+        heads = deltas.heads[here]
         heads[:, :width] = grad * write
         heads[:, width : 2 * width] = torch.ops.aten.sigmoid_backward(grad * state, forget)
         heads[:, 2 * width :] = torch.ops.aten.sigmoid_backward(grad * candidate, write)
         h = gates(heads, grad_top[span])
-        for layer in reversed(range(len(trace.hidden))):
-            delta = deltas.hidden[layer][span]
+        for layer in reversed(range(len(layers))):
+            delta = deltas.hidden[layer][here]
             # h > 0 only where the unit was active and kept, so no mask is needed
             torch.ops.aten.threshold_backward.grad_input(h, trace.hidden[layer][span], 0, grad_input=delta)
-            h = back[layer](delta)
+            h = layers[layer](delta)
         grad_state[:rows] = torch.addcmul(h.to(state.dtype), grad, forget)
     return deltas
 
 
-def _weight_gradients(cell: _Cell, packing: Packing, trace: _Trace, deltas: _Deltas, tensors: list[Tensor]):
-    """In the order of `tensors`: one large product each, in the type of the weight."""
-    embedding, token, token_bias, context, heads, heads_bias, norm, _, *layers = tensors
+def _weight_gradients(
+    cell: _Cell, packing: Packing, trace: _Trace, deltas: _Deltas, tensors: list[Tensor], steps: range
+):
+    """Of some steps, in the order of `tensors` and the type of each: one large product a weight."""
+    embedding, token, token_bias, context, heads, heads_bias, _, _, *layers = tensors
+    span = slice(packing.offsets[steps.start], packing.offsets[steps.stop])
     wide = deltas.hidden[0].to(token.dtype)
-    table = torch.ops.aten.embedding_dense_backward(wide, packing.word_of, len(packing.words), -1, False)  # (U, H)
-    grad_embedding = torch.zeros_like(embedding)
-    grad_embedding[packing.words] = table @ token
-    yield grad_embedding
+    table = torch.ops.aten.embedding_dense_backward(
+        wide, packing.word_of[span], len(packing.words), -1, False
+    )  # (U, H)
+    yield torch.zeros_like(embedding).index_copy_(0, packing.words, table @ token)
     yield table.t() @ embedding[packing.words]
     yield table.sum(0).to(token_bias.dtype)
-    yield (deltas.hidden[0].t() @ trace.read).to(context.dtype)
-    yield (deltas.heads.t() @ trace.hidden[-1]).to(heads.dtype).mul_(cell.scale)
+    yield (deltas.hidden[0].t() @ trace.read[span]).to(context.dtype)
+    yield (deltas.heads.t() @ trace.hidden[-1][span]).to(heads.dtype).mul_(cell.scale)
     yield _sum_rows(deltas.heads).to(heads_bias.dtype)
-    yield torch.stack(deltas.norm).sum(0) if deltas.norm else torch.zeros_like(norm)
-    yield torch.stack(deltas.norm_bias).sum(0) if deltas.norm_bias else torch.zeros_like(norm)
+    yield torch.stack(deltas.norm).sum(0)
+    yield torch.stack(deltas.norm_bias).sum(0)
     for number, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True), start=1):
         delta = deltas.hidden[number]
-        yield (delta.t() @ trace.hidden[number - 1]).to(weight.dtype).mul_(cell.scale)
+        yield (delta.t() @ trace.hidden[number - 1][span]).to(weight.dtype).mul_(cell.scale)
         yield _sum_rows(delta).to(bias.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,16 @@ class Packing:
         position = (order * steps + step)[real]
         words, word_of = tokens.reshape(-1)[position].unique(return_inverse=True)
         return cls(order, bool(torch.equal(order, row)), rows * steps, active, offsets, position, words, word_of)
+
+    def blocks(self, size: int) -> Iterator[range]:
+        """The steps from the last to the first, in runs that hold about `size` tokens and at least one step."""
+        stop = len(self.active)
+        while stop:
+            start = stop - 1
+            while start and self.offsets[stop] - self.offsets[start - 1] <= size:
+                start -= 1
+            yield range(start, stop)
+            stop = start
 
     def step(self, t: int) -> slice:
         """The packed places of step t."""
