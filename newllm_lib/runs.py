@@ -269,7 +269,7 @@ def evaluate(
     prepared = prepare(config.replace(data=data) if data else config, loaded.tokenizer)
     if data is None and loaded.fingerprint not in (None, prepared.fingerprint):
         raise ValueError(
-            f"data {config.data}: the text has changed since the run was trained; to score it all the same, "
+            f"data {config.data.data}: the text has changed since the run was trained; to score it all the same, "
             "name it with data= (in the shell --data)"
         )
     machine = detect(str(loaded.model.output.weight.device))
