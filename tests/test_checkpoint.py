@@ -5,12 +5,12 @@ import io
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import (
     fail_on_warning,
-    result_of,
     same,
     stopped_trainer,
     tiny_setup,
@@ -33,6 +33,11 @@ from newllm_lib.config import ModelConfig
 from newllm_lib.model import NewLLM
 from newllm_lib.text.tokenizer import WordTokenizer
 
+FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURE_RUN = {
+    "precision": "fp16", "optimizer": "muon", "layout": "stream", "batch_size": 6, "sequence_length": 24,
+    "eval_lanes": 2, "epochs": 4,
+}  # fmt: skip
 PAYLOAD = {"model": {"weight": torch.arange(4.0)}, "state": {"step": 3}, "words": ["a", "é"]}
 
 
@@ -92,26 +97,44 @@ def test_a_damaged_newest_file_is_passed_over_for_the_one_before(tmp_path):
     assert "trying the checkpoint before it" in warnings[0]
 
 
-def test_no_valid_file_is_none(tmp_path):
+def test_no_file_is_none_and_files_of_which_none_can_be_read_are_an_error(tmp_path):
     assert Checkpoints(tmp_path, "r").newest_valid(fail_on_warning) is None
     (tmp_path / "r_final.pt").write_bytes(b"nothing")
     warnings = []
-    assert Checkpoints(tmp_path, "r").newest_valid(warnings.append) is None
+    with pytest.raises(CheckpointError, match="none of its checkpoints can be read; --fresh keeps them and starts"):
+        Checkpoints(tmp_path, "r").newest_valid(warnings.append)
     assert "not a readable checkpoint (7 bytes)" in warnings[0]
 
 
-def test_a_stop_between_record_and_rename_leaves_a_file_that_verifies(tmp_path, monkeypatch):
-    path = tmp_path / "best.pt"
-    save_checkpoint(path, PAYLOAD, step=3)
-
+def save_stopped_before_the_rename(path, step):
     def stop(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_atomic", stop)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, PAYLOAD | {"state": {"step": 4}}, step=4)
-    assert len(json.loads(sidecar(path).read_text())["contents"]) == 2
-    assert load_checkpoint(path, fail_on_warning)["state"] == {"step": 3}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_atomic", stop)
+        save_checkpoint(path, PAYLOAD | {"state": {"step": step}}, step)
+
+
+def test_stops_between_record_and_rename_leave_a_file_that_verifies(tmp_path):
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, PAYLOAD, step=3)
+    for step in (4, 5):  # the second stop must not take the record of the first for that of the file
+        save_stopped_before_the_rename(path, step)
+        assert [entry["step"] for entry in json.loads(sidecar(path).read_text())["contents"]] == [step, 3]
+        assert load_checkpoint(path, fail_on_warning)["state"] == {"step": 3}
+    save_checkpoint(path, PAYLOAD | {"state": {"step": 6}}, step=6)
+    assert load_checkpoint(path, fail_on_warning)["state"] == {"step": 6}
+    assert len(json.loads(sidecar(path).read_text())["contents"]) == 1
+
+
+def test_a_file_that_a_stop_left_old_does_not_pass_for_the_newest(tmp_path):
+    run = Checkpoints(tmp_path, "r")
+    save_checkpoint(run.best, PAYLOAD, step=3)
+    save_checkpoint(run.step(5), PAYLOAD | {"state": {"step": 5}}, step=5)
+    for step in (6, 7):
+        save_stopped_before_the_rename(run.best, step)
+        path, payload = run.newest_valid(fail_on_warning)
+        assert (path, payload["state"]) == (run.step(5), {"step": 5})
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -173,18 +196,23 @@ def test_weights_of_another_shape_are_listed_and_the_model_stays(tmp_path):
     assert same(dict(model.state_dict()), before)
 
 
-def test_an_older_version_still_loads_and_goes_on(text, tmp_path):
-    """A file as version 1 wrote it: the fixture of the formats to come."""
-    setup = tiny_setup(text)
-    trainer = stopped_trainer(setup, tmp_path, 4)
-    payload = load_checkpoint(trainer.checkpoints.step(4), fail_on_warning)
+def test_a_file_that_version_1_wrote_still_loads_and_goes_on(tmp_path):
+    """Written by `stopped_trainer(tiny_setup(write_text(Path("text")), **FIXTURE_RUN), FOLDER, 3)` on 2026-11-21."""
+    path = FIXTURES / "checkpoint_v1.pt"
+    payload = load_checkpoint(path, fail_on_warning)
+    assert payload["format_version"] == 1
     assert set(payload) == {
         "format_version", "run", "identity", "config", "data_fingerprint", "tokenizer", "model", "optimizers",
         "scaler", "generators", "context", "state",
     }  # fmt: skip
-    again = tiny_trainer(setup, tmp_path)
-    again.restore(payload, trainer.checkpoints.step(4))
-    assert same(result_of(again), result_of(trainer))
+    trainer = tiny_trainer(tiny_setup(write_text(tmp_path / "text"), **FIXTURE_RUN), tmp_path / "run")
+    trainer.restore(payload, path)
+    assert (trainer.state.step, trainer.state.batch, trainer.scaler.get_scale()) == (3, 3, 65536.0)
+    assert same(trainer.model.state_dict(), payload["model"])
+    assert same(trainer.context, payload["context"])
+    assert [(row["step"], row["val_loss"]) for row in trainer.state.history] == [(3, pytest.approx(3.5205415804))]
+    assert trainer.fit() == "finished"
+    assert trainer.state.history[-1]["val_loss"] == pytest.approx(3.3830, rel=0.003)  # other CPUs round otherwise
 
 
 def test_the_exported_folder_gives_the_same_logits_through_both_readers(tmp_path):
@@ -214,14 +242,16 @@ def test_a_model_folder_with_the_wrong_tokenizer_or_a_broken_file_is_refused(tmp
         load_exported(tmp_path)
 
 
-def test_only_the_newest_step_files_are_kept_and_no_other_is_touched(tmp_path):
+def test_only_the_step_files_written_last_are_kept_and_no_other_is_touched(tmp_path):
     own, other = Checkpoints(tmp_path, "a"), Checkpoints(tmp_path, "a_step_9")
-    for path in (own.step(1), own.step(20), own.step(3), own.best, own.final, own.epoch(5), other.step(1)):
+    written = (own.best, own.final, own.epoch(5), other.step(1), own.step(20), own.step(1), own.step(3))
+    for second, path in enumerate(written):  # a run that went on from an older file writes lower steps later
         save_checkpoint(path, PAYLOAD, step=1)
+        os.utime(path, (second, second))
     own.prune_steps()
     left = {path.name for path in tmp_path.glob("*.pt")}
-    assert left == {"a_step_20.pt", "a_step_3.pt", "best_a.pt", "a_final.pt", "a_epoch_5.pt", "a_step_9_step_1.pt"}
-    assert not sidecar(own.step(1)).exists()
+    assert left == {"a_step_1.pt", "a_step_3.pt", "best_a.pt", "a_final.pt", "a_epoch_5.pt", "a_step_9_step_1.pt"}
+    assert not sidecar(own.step(20)).exists()
 
 
 def test_a_payload_is_plain_enough_for_the_safe_reader(text, tmp_path):

@@ -11,9 +11,12 @@ import pytest
 from click.testing import CliRunner
 from tiny import RECIPE, SHAPE, write_text
 
+from newllm_lib.checkpoint import export_model
 from newllm_lib.cli import main
-from newllm_lib.config import flat_fields
+from newllm_lib.config import ModelConfig, flat_fields
+from newllm_lib.model import NewLLM
 from newllm_lib.presets import PRESETS
+from newllm_lib.text.tokenizer import WordTokenizer
 
 
 def options(**values) -> list[str]:
@@ -117,6 +120,18 @@ def test_generate_writes_text(newllm, trained):
     assert len(json.loads(several.stdout)) == 3
 
 
+def test_a_model_folder_alone_writes_text_and_needs_data_to_be_scored(newllm, tmp_path):
+    export_model(tmp_path / "model", NewLLM(ModelConfig(vocab_size=6, hidden_dim=8)), WordTokenizer(["w1", "w2"]))
+    known = newllm("generate", "model", "--prompt", "w1 W2", "--tokens", 3)
+    assert (known.exit_code, known.stderr) == (0, "")
+    unknown = newllm("generate", "model", "--prompt", "w1 other", "--tokens", 3)
+    assert unknown.stderr == "warning: words of the prompt are not in the vocabulary and are read as <UNK>\n"
+    assert unknown.stdout.startswith("w1 <UNK>")
+    scored = newllm("evaluate", "model")
+    assert scored.exit_code == FAILED
+    assert "model: a model alone does not know its text: say which with data= (in the shell --data)" in scored.stderr
+
+
 def test_values_in_the_shell_reach_their_fields(newllm, text):
     result = newllm(
         "train", "cpu_baseline", "--data", text, *TINY, "--clip-by-epoch", "0:0.25,1:2", "--patience", "none",
@@ -166,6 +181,19 @@ def test_bad_options(newllm, text, tmp_path, arguments, status, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "x", "--precision", "fp8"], "'fp8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
+        (["generate", "x", "--samples", "0"], "Invalid value for '--samples': 0 is not in the range x>=1"),
+    ],
+)
+def test_wrong_usage_of_a_trained_model(newllm, arguments, message):
+    result = newllm(*arguments)
+    assert result.exit_code == USAGE
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "empty.txt: the file is empty; it must hold at least one non-blank line"),
@@ -192,7 +220,7 @@ def test_a_truncated_checkpoint_given_by_path_and_a_run_that_is_not_there(newllm
     assert "best_small.pt: damaged: sha256 is" in result.stderr
     missing = newllm("evaluate", "results/none")
     assert missing.exit_code == FAILED
-    assert "results/none: no run here (there is no run.json in it)" in missing.stderr
+    assert "results/none: no such run, model folder or checkpoint" in missing.stderr
 
 
 def test_a_checkpoint_of_another_vocabulary(newllm, text, trained):
@@ -234,7 +262,7 @@ def start(text, tmp_path, *more):
 
 def test_ctrl_c_in_a_shell_saves_says_how_to_continue_and_the_same_command_does(text, tmp_path):
     many = ("--max-steps", "4000", "--epochs", "none")
-    process = start(text, tmp_path, *many)
+    process = start(text, tmp_path, *many, "--fresh")
     history = tmp_path / "results" / "p" / "history.csv"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (history.exists() and history.read_text().count("\n") > 3):
@@ -243,7 +271,9 @@ def test_ctrl_c_in_a_shell_saves_says_how_to_continue_and_the_same_command_does(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stopping after this step, then saving" in errors
-    assert "the same command continues it: newllm train quickstart" in errors
+    (hint,) = [line for line in errors.splitlines() if line.startswith("interrupted")]
+    assert ".pt is saved, and this command continues it: newllm train quickstart --data" in hint
+    assert hint.endswith("--max-steps 4000 --epochs none")  # and no --fresh, which would start over
     assert "Traceback" not in errors
     step = json.loads((tmp_path / "results" / "p" / "run.json").read_text())["step"]
     assert 0 < step < 4000

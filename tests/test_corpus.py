@@ -62,6 +62,14 @@ def test_names_of_the_files_in_a_folder(tmp_path, train, valid, test):
     assert found.name == tmp_path.name
 
 
+def test_a_folder_may_be_a_path_and_the_current_one_has_its_name(write_corpus, monkeypatch):
+    folder = write_corpus()
+    assert DataConfig(data=folder).data == str(folder)
+    monkeypatch.chdir(folder)
+    assert load(".") == load(folder)
+    assert load(".").name == "corpus"
+
+
 def test_a_folder_needs_no_test_split(write_corpus):
     assert list(load(write_corpus(test=None)).splits) == ["train", "validation"]
 
@@ -180,6 +188,11 @@ def test_a_recursive_pattern_reads_its_files_in_order(tmp_path):
     found = load(tmp_path / "src" / "**" / "*.py")
     assert found.splits["train"] == [*lines(0, 2), *lines(10, 12)]
     assert load(tmp_path / "src" / "*.md", tmp_path / "src" / "a.py").splits["test"] == [*lines(23, 24), *lines(3, 4)]
+
+
+def test_overlapping_sources_read_a_file_once(tmp_path):
+    first, second = write_lines(tmp_path / "a.txt", 0, 10), write_lines(tmp_path / "b.txt", 100, 4)
+    assert load(tmp_path / "*.txt", first, tmp_path / "b*") == load(first, second)
 
 
 def test_paragraphs_of_a_text_file(tmp_path):

@@ -49,6 +49,12 @@ def test_the_same_seed_gives_the_same_text_and_the_global_generator_is_left_alon
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_smallest_temperature_is_greedy(model):
+    greedy = model.generate(PROMPT, 8, temperature=0).tokens
+    assert torch.equal(model.generate(PROMPT, 8, temperature=1e-42, generator=seeded(0)).tokens, greedy)
+    assert not torch.equal(model.generate(PROMPT, 8, temperature=5.0, generator=seeded(0)).tokens, greedy)
+
+
 def test_special_ids_are_never_drawn_and_unknown_only_when_allowed(model):
     with torch.no_grad():
         model.output.bias[[PAD, UNK, BOS]] = 30.0  # by far the likeliest

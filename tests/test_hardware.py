@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 import torch
 
@@ -117,6 +119,22 @@ def test_environment_has_what_a_reader_needs():
 def test_environment_outside_a_checkout_has_no_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "__file__", str(tmp_path / "hardware.py"))
     assert environment(T4)["git_commit"] is None
+
+
+def test_the_commit_is_that_of_a_checkout_which_holds_the_library(monkeypatch, tmp_path):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    file = tmp_path / "hardware.py"
+    file.write_text("")
+    monkeypatch.setattr(hardware, "__file__", str(file))
+    git("init", "-q"), git("commit", "-q", "--allow-empty", "-m", "another project")
+    assert hardware._git_commit() is None  # installed inside it, not a part of it
+    git("add", "hardware.py"), git("commit", "-q", "-m", "the library")
+    assert hardware._git_commit() == git("rev-parse", "HEAD")
+    file.write_text("changed")
+    assert hardware._git_commit() == git("rev-parse", "HEAD") + "+"
 
 
 def test_peak_memory_of_this_process():

@@ -23,6 +23,7 @@ TUNED = {"quickstart", "auto"}
 
 def test_presets_are_the_faithful_and_the_tuned_ones():
     assert set(presets.PRESETS) == FAITHFUL.keys() | TUNED
+    assert FAITHFUL.keys() == presets.FAITHFUL
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

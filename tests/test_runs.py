@@ -1,16 +1,20 @@
 """Runs as users call them from Python: the folder they leave, continuing, comparing with what was published."""
 
 import csv
+import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import RECIPE, SHAPE, StopAt, result_of, same, tiny_config, write_text
 
 import newllm_lib as nl
-from newllm_lib import published, report, runs
-from newllm_lib.checkpoint import CheckpointError
+from newllm_lib import planning, published, recorder, report, runs
+from newllm_lib.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from newllm_lib.hardware import Machine
 from newllm_lib.progress import Progress
 
 
@@ -30,6 +34,27 @@ def text(tmp_path):
 @pytest.fixture
 def config(text, tmp_path):
     return tiny_config(text, results_dir=str(tmp_path / "results"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the text and the results of a finished run, to be copied."""
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        nl.train(tiny_config(write_text(Path("text")), name="done"), progress=Quiet())
+    return place
+
+
+@pytest.fixture
+def done(finished, tmp_path, monkeypatch):
+    """The configuration of a finished run whose text and folder, results/done, are in the current folder."""
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "copy"))
+    return tiny_config("text", name="done")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_leaves_the_files_of_the_design(config):
@@ -54,7 +79,7 @@ def test_the_record_and_the_history_agree_with_each_other_and_the_model(config):
     assert run.best["step"] == int(best["step"])
     assert run.record["status"] == "finished"
     assert run.record["peak_memory_bytes"] > 0
-    assert run.record["decided"] == {"batch_size": 8, "precision": "fp32", "engine": "reference"}
+    assert run.record["decided"] == {"batch_size": 8, "precision": "fp32", "engine": "fused"}
     assert run.history["val_ppl"].min() == pytest.approx(run.best["val_ppl"])
     assert run.record["parameters"] == sum(p.numel() for p in run.model.parameters())
     assert run.config.model == config.replace(vocab_size=34).model  # 30 words and the special ids
@@ -106,7 +131,7 @@ def test_fresh_starts_over_and_keeps_the_old_folder(config):
 
 def test_a_named_folder_of_another_run_is_refused_and_unchanged(config, text):
     run = nl.train(config, name="mine", progress=Quiet())
-    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    before = contents(run.folder)
     with pytest.raises(CheckpointError, match="of a run with other settings: batch_size 8 there, 4 here"):
         nl.train(config, name="mine", batch_size=4, progress=Quiet())
     with pytest.raises(CheckpointError, match="vocab_size 34 there, 20 here"):
@@ -114,7 +139,7 @@ def test_a_named_folder_of_another_run_is_refused_and_unchanged(config, text):
     (text / "train.txt").write_text((text / "train.txt").read_text() + "one more line of text\n")
     with pytest.raises(CheckpointError, match="the data have changed since this checkpoint"):
         nl.train(config, name="mine", progress=Quiet())
-    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    assert contents(run.folder) == before
 
 
 def test_the_same_text_in_another_place_is_the_same_run(config, text, tmp_path):
@@ -134,6 +159,84 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(config):
     again = nl.train(config, epochs=3, progress=said)
     assert any(str(final) in text and "damaged" in text for text in said.messages)
     assert again.record["step"] == 24
+
+
+def _cut_all(checkpoints):
+    for path in checkpoints.glob("*.pt"):
+        os.truncate(path, 1000)
+
+
+def _of_a_later_version(checkpoints):
+    path = checkpoints / "done_final.pt"
+    save_checkpoint(path, load_checkpoint(path, pytest.fail) | {"format_version": 2}, step=17)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            _cut_all,
+            r"results/done/checkpoints: none of its checkpoints can be read; --fresh keeps them and starts over",
+        ),
+        (_of_a_later_version, r"done_final\.pt: format version 2, this library reads up to 1; upgrade it"),
+        (shutil.rmtree, r"the checkpoints of this run are gone \(it was at step 16\); --fresh keeps what is left"),
+    ],
+    ids=["unreadable", "newer", "deleted"],
+)
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_run_is_not_started_over_where_its_checkpoints_cannot_be_used(done, damage, message, epochs):
+    damage(Path("results/done/checkpoints"))
+    before = contents(Path("results"))
+    with pytest.raises(CheckpointError, match=message):
+        nl.train(done, epochs=epochs, progress=Quiet())
+    assert contents(Path("results")) == before
+
+
+def test_a_run_whose_record_was_moved_away_goes_on_from_its_checkpoints(done):
+    Path("results/done/run.json").unlink()
+    assert nl.train(done, epochs=3, progress=Quiet()).record["step"] == 24
+
+
+def test_the_model_folder_is_brought_up_to_the_best_checkpoint(config):
+    """After a run that ended between saving the best checkpoint and exporting its weights."""
+    config, export, calls = config.replace(name="full", validate_every_steps=None), recorder.export_model, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        export(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(recorder, "export_model", full)
+        nl.train(config, progress=Quiet())
+    stale = nl.evaluate(f"{config.results_dir}/full")
+    run = nl.train(config, progress=Quiet())
+    assert run.best["step"] == 16
+    assert nl.evaluate(run).loss == pytest.approx(run.best["val_loss"], abs=1e-6)
+    assert stale.loss > run.best["val_loss"] + 0.01  # the control
+
+
+def test_a_run_a_checkpoint_and_a_model_folder_are_scored(done):
+    run = nl.load("results/done")
+    expected = pytest.approx(run.best["val_loss"], abs=1e-6)
+    for place in (run, run.folder, "results/done/checkpoints/best_done.pt"):
+        assert nl.evaluate(place).loss == expected
+    alone = run.folder / "model"
+    with pytest.raises(ValueError, match=r"done/model: a model alone does not know its text: say which with data="):
+        nl.evaluate(alone)
+    assert nl.evaluate(alone, "text", config=run.config).loss == expected
+    assert nl.evaluate(alone, "text").loss != expected  # by the published protocol, with longer windows
+    with pytest.raises(ValueError, match="precision = 'fp8': must be one of auto, fp32, bf16, fp16"):
+        nl.evaluate(run, precision="fp8")
+
+
+def test_a_text_that_has_changed_is_scored_only_when_it_is_named(done):
+    Path("text/valid.txt").write_text("w1 w2 w3 w4 w5\n")
+    for place in ("results/done", "results/done/checkpoints/best_done.pt"):
+        with pytest.raises(ValueError, match="data text: the text has changed since the run was trained"):
+            nl.evaluate(place)
+        assert nl.evaluate(place, "text").tokens == 6
 
 
 def test_a_model_and_its_evaluation_on_other_data_and_splits(config, tmp_path):
@@ -197,20 +300,29 @@ def test_a_batch_larger_than_the_data_is_named(config):
         ValueError, match=r"TrainConfig\.batch_size = 63: must be at most 62, the number of training seq"
     ):
         nl.plan(config, batch_size=63)
-    with pytest.raises(ValueError, match=r"TrainConfig\.batch_size = 500: must be at most \d+, so that each lane"):
+    with pytest.raises(ValueError, match=r"TrainConfig\.batch_size = 500: must be at most 56, the number of full s"):
         nl.plan(config, batch_size=500, layout="stream")
 
 
 def test_a_batch_left_to_the_hardware_is_decided_recorded_and_kept(config):
-    first = nl.train(config, batch_size=None, max_steps=1, name="auto", progress=Quiet(), data="builtin")
-    assert first.record["decided"]["batch_size"] == 128
+    first = nl.train(config, batch_size=None, max_steps=1, progress=Quiet())
+    assert first.record["decided"]["batch_size"] == 62
     record = json.loads((first.folder / "run.json").read_text())
     record["decided"]["batch_size"] = 16
     (first.folder / "run.json").write_text(json.dumps(record))
-    for path in (first.folder / "checkpoints").iterdir():
-        path.unlink()
-    again = nl.train(config, batch_size=None, max_steps=1, name="auto", progress=Quiet(), data="builtin")
-    assert again.config.train.batch_size == 16
+    again = nl.train(config, batch_size=None, max_steps=2, progress=Quiet())
+    assert (again.folder, again.record["step"]) == (first.folder, 2)
+    assert again.config.train.batch_size == again.record["decided"]["batch_size"] == 16
+
+
+def test_a_substituted_precision_is_told_again_when_a_run_goes_on(config, monkeypatch):
+    machine = Machine(device="cpu", name="Some CPU", memory_bytes=2**34, cpu_flags=frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(planning, "detect", lambda *_args: machine)
+    for steps in (1, 2):
+        said = Quiet()
+        run = nl.train(config, precision="fp16", max_steps=steps, progress=said)
+        assert run.record["decided"]["precision"] == "bf16"
+    assert any(text.startswith("warning: precision bf16: ") for text in said.messages)
 
 
 def test_faithful_presets_say_when_they_are_not(text, tmp_path):

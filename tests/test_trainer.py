@@ -22,7 +22,7 @@ from tiny import (
     write_text,
 )
 
-from newllm_lib.checkpoint import CheckpointError
+from newllm_lib.checkpoint import CheckpointError, load_checkpoint
 from newllm_lib.hardware import Precision
 from newllm_lib.metrics import evaluate_split
 from newllm_lib.model import NewLLM
@@ -173,7 +173,9 @@ def test_clipping_bounds_the_update(text):
     before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    result = optimizer_step(model, [optimizer], scaler, ids, engine=setup.engine.run, precision=setup.precision, clip=0.01)
+    result = optimizer_step(
+        model, [optimizer], scaler, ids, engine=setup.engine.run, precision=setup.precision, clip=0.01
+    )
     after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     assert result.grad_norm > 0.01
     assert (after - before).norm() == pytest.approx(0.01, rel=1e-4)
@@ -236,6 +238,29 @@ def test_a_non_finite_fp16_gradient_skips_the_step_and_changes_nothing_else(text
     trainer._train_batch()
     assert not same(result_of(trainer)["model"], before["model"])
     assert (trainer.state.step, trainer.state.skipped_in_a_row) == (3, 0)
+
+
+def test_skipped_steps_shorten_a_run_given_in_epochs_and_not_one_given_in_steps(text, tmp_path):
+    def trained(folder, **changes):
+        setup = tiny_setup(text, precision="fp16", **changes)
+        setup = dataclasses.replace(setup, engine=spoiled(setup.engine, {2, 7, 15}))  # 7 and 15 end an epoch
+        trainer = tiny_trainer(setup, tmp_path / folder)
+        assert trainer.fit() == "finished"
+        return trainer.state
+
+    epochs, steps = trained("epochs", epochs=2), trained("steps", epochs=None, max_steps=14)
+    assert (epochs.epoch, epochs.batch, epochs.step, epochs.skipped_steps) == (2, 0, 13, 3)
+    assert (epochs.history[-1]["epoch"], epochs.history[-1]["step"]) == (2.0, 13)
+    assert (steps.epoch, steps.batch, steps.step, steps.skipped_steps) == (2, 1, 14, 3)
+
+
+def test_a_checkpoint_without_a_loss_scale_goes_on_in_fp16(text, tmp_path):
+    stopped_trainer(tiny_setup(text), tmp_path, 5)
+    continued = continued_trainer(tiny_setup(text, precision="fp16"), tmp_path)
+    assert continued.scaler.get_scale() == 65536.0
+    assert continued.fit() == "finished"
+    back = continued_trainer(tiny_setup(text, epochs=3), tmp_path)  # and a loss scale does not hinder FP32
+    assert back.fit() == "finished"
 
 
 def test_many_skipped_steps_in_a_row_stop_with_a_diagnosis(text, tmp_path):
@@ -348,6 +373,18 @@ def test_a_finished_run_has_nothing_left_and_a_constant_rate_just_goes_on(text, 
     assert same(first["optimizers"], second["optimizers"])
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_damaged_final_file_is_written_anew(text, tmp_path, epochs):
+    final = tiny_trainer(tiny_setup(text), tmp_path)
+    final.fit()
+    path = final.checkpoints.final
+    path.write_bytes(path.read_bytes()[:1000])
+    again, warnings = tiny_trainer(tiny_setup(text, epochs=epochs), tmp_path), []
+    again.restore(*reversed(again.checkpoints.newest_valid(warnings.append)))
+    assert again.fit() == "finished"
+    assert load_checkpoint(path, fail_on_warning)["state"]["step"] == 8 * epochs
+
+
 def test_extending_a_decaying_run_needs_a_new_end(text, tmp_path):
     cosine = {"lr_schedule": "cosine", "validate_every_steps": 100}
     tiny_trainer(tiny_setup(text, **cosine), tmp_path).fit()
@@ -408,6 +445,39 @@ def test_a_second_ctrl_c_stops_at_once(text, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tiny_trainer(tiny_setup(text), tmp_path, Twice()).fit()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def torn_trainer(setup, folder, call):
+    """Interrupted within a step, after the weights of one optimizer have changed and before those of the other."""
+    trainer = tiny_trainer(setup, folder)
+    step, calls = trainer.optimizers[1].step, iter(range(1_000))
+
+    def interrupted(*args):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    trainer.optimizers[1].step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_after_an_interrupt_within_a_step_fit_goes_on_from_the_newest_checkpoint(text, tmp_path, precision):
+    setup = tiny_setup(text, precision=precision, optimizer="muon")
+    whole = tiny_trainer(setup, tmp_path / "whole")
+    whole.fit()
+    torn = torn_trainer(setup, tmp_path / "torn", 7)
+    assert torn.state.step == 7
+    assert torn.fit() == "finished"
+    assert same(result_of(torn), result_of(whole))
+
+
+def test_an_interrupt_within_a_step_before_the_first_checkpoint_needs_a_new_trainer(text, tmp_path):
+    torn = torn_trainer(tiny_setup(text, optimizer="muon"), tmp_path, 1)
+    with pytest.raises(TrainingError, match="left no checkpoint: make a new Trainer"):
+        torn.fit()
 
 
 def test_training_works_outside_the_main_thread(text, tmp_path):

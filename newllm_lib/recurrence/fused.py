@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from newllm_lib.recurrence.dropout import Dropout
 from newllm_lib.recurrence.packing import Packing
@@ -109,7 +109,7 @@ class _Recurrence(torch.autograd.Function):
         """Gradients of the context and of every weight."""
         context, *tensors = ctx.saved_tensors
         packing, cell = ctx.packing, ctx.cell
-        grad_top = grad_hidden.reshape(packing.places, -1)[packing.position]
+        grad_top = grad_hidden.reshape(packing.places, -1)[pad(packing.position, (0, packing.slack))]
         if cell.scale != 1:
             grad_top = grad_top * cell.scale
         grad_state = grad_after[packing.order]
@@ -155,37 +155,37 @@ def _new_trace(cell: _Cell, state: Tensor, packing: Packing) -> _Trace:
 
 def _run(cell: _Cell, packing: Packing, dropout: Dropout | None, state: Tensor, trace: _Trace | None) -> Tensor:
     """The loop: the last layer (N, H) of every token; `state` (B, C) ends as the context after each row's last."""
-    inputs = cell.table[packing.word_of]  # (N, H)
+    inputs = cell.table[pad(packing.word_of, (0, packing.slack))]  # (N and some rows that are not used, H)
     most = len(packing.order)
     enter = Product(cell.context, rows=most, relu=True)
     layers = [Product(weight, bias, rows=most, relu=True) for weight, bias in cell.layers]
     gates = Product(*cell.heads, rows=most)
     if dropout:
         dropout.start(len(layers) + 1, most, inputs.shape[1], None if packing.sorted else packing.order)
-    top = torch.empty_like(inputs) if trace is None else trace.hidden[-1]
+    top = inputs.new_empty(len(packing.position), inputs.shape[1]) if trace is None else trace.hidden[-1]
     for t, rows in enumerate(packing.active):
-        span = packing.step(t)
-        read = state[:rows].to(inputs.dtype, copy=True)  # the state itself changes below
-        masks = dropout.next_masks(rows, inputs.dtype) if dropout else None
-        h = enter(read, inputs[span])
+        span, more = packing.step(t), packing.rounded(rows)  # the rows from `rows` to `more` are computed, never kept
+        read = state[:more].to(inputs.dtype, copy=True)  # the state itself changes below
+        masks = dropout.next_masks(more, inputs.dtype) if dropout else None
+        h = enter(read, inputs[span.start : span.start + more])
         for layer, product in enumerate(layers):
             h = product(_keep(h, masks, layer, None if trace is None else trace.hidden[layer][span]))
         heads = gates(_keep(h, masks, len(layers), top[span]))
+        heads = heads[:rows]
         mixed = _mix(heads.to(state.dtype), state[:rows])[0]
         new, mean, rstd = torch.native_layer_norm(mixed, mixed.shape[1:], cell.norm, cell.norm_bias, _EPSILON)
         state[:rows] = new.clamp_(-cell.clamp, cell.clamp)
         if trace is not None:
-            trace.read[span], trace.heads[span], trace.after[span] = read, heads, new
+            trace.read[span], trace.heads[span], trace.after[span] = read[:rows], heads, new
             trace.mean[span], trace.rstd[span] = mean, rstd
     return top
 
 
 def _keep(h: Tensor, masks: Tensor | None, layer: int, out: Tensor | None) -> Tensor:
-    """Dropout without its 1 / keep, and a copy in `out` where the output is kept."""
-    if masks is not None:
-        return torch.mul(h, masks[layer], out=h if out is None else out)
+    """Dropout without its 1 / keep; the first rows are copied to `out` (n, H) where the output is kept."""
+    h = h if masks is None else h.mul_(masks[layer])
     if out is not None:
-        out.copy_(h)
+        out.copy_(h[: len(out)])
     return h
 
 
@@ -207,14 +207,13 @@ def _run_back(cell, back, packing: Packing, trace: _Trace, first, grad_top, grad
     """Some steps of the loop backwards; `grad_state` (B, C) ends as the gradient of the context before them."""
     layers, gates = back
     start, end = packing.offsets[steps.start], packing.offsets[steps.stop]
-    deltas = _Deltas(
-        [h.new_empty(end - start, h.shape[1]) for h in trace.hidden],
-        trace.heads.new_empty(end - start, trace.heads.shape[1]),
-    )
+    spare = [values.new_zeros(end - start + packing.slack, values.shape[1]) for values in (*trace.hidden, trace.heads)]
+    deltas = _Deltas([values[: end - start] for values in spare[:-1]], spare[-1][: end - start])
     width = first.shape[1]
     for t in reversed(steps):
         rows, span = packing.active[t], packing.step(t)
         here = slice(span.start - start, span.stop - start)
+        more = slice(here.start, here.start + packing.rounded(rows))  # computed, never kept, as in the forward loop
         state = first[:rows] if t == 0 else trace.after[packing.offsets[t - 1] : packing.offsets[t - 1] + rows]
         mixed, candidate, forget, write = _mix(trace.heads[span].to(state.dtype), state)
         grad = torch.ops.aten.hardtanh_backward(grad_state[:rows], trace.after[span], -cell.clamp, cell.clamp)
@@ -228,13 +227,13 @@ def _run_back(cell, back, packing: Packing, trace: _Trace, first, grad_top, grad
         heads[:, :width] = grad * write
         heads[:, width : 2 * width] = torch.ops.aten.sigmoid_backward(grad * state, forget)
         heads[:, 2 * width :] = torch.ops.aten.sigmoid_backward(grad * candidate, write)
-        h = gates(heads, grad_top[span])
+        h = gates(spare[-1][more], grad_top[span.start : span.start + packing.rounded(rows)])
         for layer in reversed(range(len(layers))):
             delta = deltas.hidden[layer][here]
             # h > 0 only where the unit was active and kept, so no mask is needed
-            torch.ops.aten.threshold_backward.grad_input(h, trace.hidden[layer][span], 0, grad_input=delta)
-            h = layers[layer](delta)
-        grad_state[:rows] = torch.addcmul(h.to(state.dtype), grad, forget)
+            torch.ops.aten.threshold_backward.grad_input(h[:rows], trace.hidden[layer][span], 0, grad_input=delta)
+            h = layers[layer](spare[layer][more])
+        grad_state[:rows] = torch.addcmul(h[:rows].to(state.dtype), grad, forget)
     return deltas
 
 

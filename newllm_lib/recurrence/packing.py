@@ -40,7 +40,17 @@ class Packing:
         real = row < torch.tensor(active, dtype=torch.int64, device=device)[:, None]  # (T', B)
         position = (order * steps + step)[real]
         words, word_of = tokens.reshape(-1)[position].unique(return_inverse=True)
+        words = words if len(words) else tokens.new_zeros(1)  # so that there is a row to look up, even for no token
         return cls(order, bool(torch.equal(order, row)), rows * steps, active, offsets, position, words, word_of)
+
+    @property
+    def slack(self) -> int:
+        """Rows by which a step's products may be rounded up: see `rounded`."""
+        return max(1, len(self.order) // 16)
+
+    def rounded(self, rows: int) -> int:
+        """A row count for products that takes few values: each new one costs a CPU's library a compiled kernel."""
+        return min(-(-rows // self.slack) * self.slack, len(self.order))
 
     def blocks(self, size: int) -> Iterator[range]:
         """The steps from the last to the first, in runs that hold about `size` tokens and at least one step."""

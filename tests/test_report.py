@@ -1,0 +1,85 @@
+"""The files for a reader, from histories and records that training rarely gives."""
+
+import json
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from newllm_lib import cli, report
+from newllm_lib.config import RunConfig
+from newllm_lib.runs import Run
+
+RECORD = {
+    "run": "r", "preset": "cpu_baseline", "status": "finished", "parameters": 7, "published_protocol": True,
+    "faithful": True, "faithful_reason": None, "decided": {}, "plan": [("engine", "fused")],
+    "commands": ["newllm train"], "data": {"name": "text", "fingerprint": "00ff"},
+    "validation": {"tokens": 9, "unknown_share": 0.25},
+    "peak_memory_meaning": "of tensors on the GPU", "environment": {"versions": {"torch": "2"}, "git_commit": None},
+    "config": RunConfig().to_dict(), "samples": [],
+}  # fmt: skip
+
+
+def row(step: int, loss: float, perplexity: float) -> dict:
+    return {
+        "step": step, "epoch": step / 4, "train_loss": loss, "val_loss": loss, "val_ppl": perplexity,
+        "val_accuracy": 0.25, "val_ppl_known": perplexity, "lr": 1e-3, "clip": 1.0, "train_seconds": 1.5,
+        "tokens_per_second": 100.0, "peak_memory_bytes": 2**20, "skipped_steps": 0,
+    }  # fmt: skip
+
+
+NAN, INFINITE = row(1, math.nan, math.nan), row(2, math.inf, math.inf)
+OVERFLOWN, GOOD, WORSE = row(3, 800.0, math.inf), row(4, 3.0, 20.1), row(5, 3.5, 33.1)
+
+
+@pytest.mark.parametrize(
+    ("history", "best"),
+    [
+        ([], None),
+        ([NAN], None),
+        ([INFINITE, NAN], None),
+        ([NAN, OVERFLOWN, INFINITE], OVERFLOWN),
+        ([NAN, INFINITE, OVERFLOWN, GOOD, WORSE, NAN], GOOD),
+    ],
+    ids=["none", "NaN", "infinite", "overflown", "mixed"],
+)
+def test_losses_that_are_not_finite_are_told_and_never_the_best(tmp_path, capsys, history, best):
+    assert report.best_row(history) is best
+    record = RECORD | {"best": best}
+    report.write_record(tmp_path, record)
+    report.write_history(tmp_path, history)
+    report.write_curves(tmp_path, record, history)
+    report.write_report(tmp_path, record, history)
+    stored = json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert (stored["best"] and stored["best"]["val_ppl"]) == (20.1 if best is GOOD else None)
+    run = Run(tmp_path)
+    assert repr(run) == f"Run('{tmp_path}', finished" + (", PPL 20.10)" if best is GOOD else ")")
+    assert len(run.history) == len(history)
+    cli._print_run(run, as_json=False)
+    printed = capsys.readouterr().out
+    assert ("best validation perplexity 20.10 at step 4" in printed) == (best is GOOD)
+    assert ("best validation perplexity inf at step 3" in printed) == (best is OVERFLOWN)
+    assert ("No validation yet" in (tmp_path / "report.md").read_text()) == (best is None)
+
+
+def test_special_tokens_of_a_sample_are_no_html(tmp_path):
+    report.write_report(tmp_path, RECORD | {"best": None, "samples": ["**<BOS> a** <UNK> b"]}, [])
+    assert "> **\\<BOS> a** \\<UNK> b\n" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "not the record of a run, best, config, decided, run, status missing"),
+        ("[]", "not the record of a run, best, config, decided, run, status missing"),
+        ("null", "not the record of a run, best, config, decided, run, status missing"),
+        (json.dumps(RECORD)[:200], "not readable as JSON (Unterminated string starting at: line 1"),
+    ],
+    ids=["empty", "a list", "null", "truncated"],
+)
+def test_a_damaged_record_is_one_message_with_a_way_out(tmp_path, content, words):
+    (tmp_path / "run.json").write_text(content)
+    result = CliRunner().invoke(cli.main, ["evaluate", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {tmp_path}/run.json: {words}")
+    assert result.stderr.endswith("; move it away: the checkpoints beside it go on without it\n")
