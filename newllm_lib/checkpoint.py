@@ -12,6 +12,7 @@ import json
 import pickle
 import random
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,9 +71,10 @@ class Checkpoints:
 
     def prune_steps(self, keep: int = 2) -> None:
         """Remove all but the `keep` files that were written last to guard against a lost machine."""
-        pattern = re.compile(re.escape(self.run) + r"_step_\d+\.pt")
-        found = [path for path in self.folder.glob("*.pt") if pattern.fullmatch(path.name)]
-        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)[keep:]:
+        pattern = re.compile(re.escape(self.run) + r"_step_(\d+)\.pt")
+        found = [(match, path) for path in self.folder.glob("*.pt") if (match := pattern.fullmatch(path.name))]
+        ages = sorted(((path.stat().st_mtime_ns, int(match[1]), path) for match, path in found), reverse=True)
+        for *_, path in ages[keep:]:
             path.unlink(missing_ok=True)
             sidecar(path).unlink(missing_ok=True)
 
@@ -144,6 +146,8 @@ def recorded_step(path: Path) -> int:
         return int(entries[0]["step"])
     try:
         return int(_read(path.read_bytes(), path)["state"]["step"])
+    except NewerCheckpointError:
+        return sys.maxsize  # so that it is met first, and refused
     except (OSError, CheckpointError, KeyError, TypeError):
         return -1
 

@@ -345,7 +345,9 @@ def _convert(value: Any, hint: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if isinstance(value, tuple):
+        return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
     return value
 
 

@@ -51,7 +51,11 @@ def _precision(requested: str, decided: str | None, machine: Machine) -> Precisi
     if decided is None or chosen.substituted:
         return chosen
     wanted = choose_precision(requested, machine)
-    return Precision(decided, "as this run began", substituted=requested not in ("auto", decided) or wanted.substituted)
+    if wanted.substituted and wanted.name == decided:
+        return wanted
+    if requested in ("auto", decided):
+        return Precision(decided, "as this run began")
+    return Precision(decided, f"as this run began, not {requested}", substituted=True)
 
 
 def largest_batch(split: Split, config: RunConfig) -> int:
@@ -75,7 +79,7 @@ def unfaithful_reason(setup: Setup) -> str | None:
     changed = [
         f"{name} is {mine!r}, not {theirs!r}"
         for name, item in flat_fields().items()
-        if item.metadata["identity"] and name not in ("data", "seed")
+        if (item.metadata["identity"] or name in ("patience", "min_delta")) and name not in ("data", "seed")
         for mine, theirs in [(_value(config, item), _value(preset, item))]
         if mine != theirs
     ]

@@ -84,7 +84,7 @@ class Recorder:
     def write(self, status: str) -> None:
         """Everything, with the run's status."""
         history = self.trainer.state.history
-        if history:
+        if report.best_row(history):
             self._export_best()
         self.record["samples"] = self._samples() if status != "running" else []
         self._write_record(status)

@@ -177,7 +177,7 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
     parts = [
         f"# {record['run']}",
         _summary(record),
-        "![curves](curves.png)",
+        "![curves](curves.png)" if best_row(history) else "No curves: no validation gave a finite loss.",
         "## Set-up",
         _table(("", ""), [(name, text) for name, text in record["plan"] if name != "run"]),
         _provenance(record),
