@@ -266,10 +266,6 @@ def test_the_fingerprint_tells_other_content(write_corpus, changed):
     assert before.fingerprint != after.fingerprint
 
 
-def test_num_bytes_counts_utf8_without_line_ends(write_corpus):
-    assert load(write_corpus(valid=["né", "a b"])).num_bytes("validation") == 6
-
-
 # --- the Hugging Face hub ---------------------------------------------------------------------------------------
 
 ROWS = {

@@ -43,10 +43,6 @@ class Corpus:
             digest.update("\n".join(texts).encode())
         return digest.hexdigest()
 
-    def num_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the texts of a split, line ends not counted."""
-        return sum(len(text.encode()) for text in self.splits[split])
-
 
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus that `config.data` names.
