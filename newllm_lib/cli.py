@@ -253,7 +253,7 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
 def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: bool, **options: Any) -> None:
     """Write text with RUN: a run's folder, its model/ folder, or a checkpoint file."""
     from newllm_lib import runs
-    from newllm_lib.generate import generate_text
+    from newllm_lib.writing import generate_text
 
     model, tokenizer, *_ = runs.load_model(run)
     if UNK in tokenizer.encode(prompt):
@@ -268,7 +268,10 @@ def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: boo
 @main.command()
 @click.option("--data", default="builtin", show_default=True, help="Text whose real batches are used (as for train).")
 @click.option(
-    "--part", "parts", multiple=True, help="batch, fp32, length, hidden_dim, num_layers; repeat (default: all)."
+    "--part",
+    "parts",
+    multiple=True,
+    help="batch, fp32, length, hidden_dim, num_layers, inference; repeat (default: all).",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured steps a case (median).")
 @click.option(
@@ -280,10 +283,11 @@ def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: boo
 @click.option("--json", "as_json", is_flag=True, help="Print what bench.json holds instead of the table.")
 def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Path, as_json: bool) -> None:
     """Time training steps of the engines beside the published loop, an LSTM and the machine's own product rate."""
-    from newllm_lib.study.bench import PARTS, run_bench
+    from newllm_lib.study.bench import INFERENCE, PARTS, run_bench
     from newllm_lib.study.bench_report import table_text
 
-    result = run_bench(data, out, list(parts or PARTS), rounds, memory, lambda text: click.echo(text, err=True))
+    chosen = list(parts or (*PARTS, INFERENCE))
+    result = run_bench(data, out, chosen, rounds, memory, lambda text: click.echo(text, err=True))
     click.echo(json.dumps(result, indent=2) if as_json else table_text(result))
     click.echo(f"left in {out}/: bench.json, bench.md, bench.png", err=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,17 +10,50 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from newllm_lib.config import BOS, EOS, PAD, UNK
+from newllm_lib.hardware import Precision, cpu_threads
 from newllm_lib.model import NewLLM
+from newllm_lib.recurrence.cell import Cell, LoopWeights
+from newllm_lib.recurrence.selfcheck import choose_engine
+
+_PROMPT_CHUNK = 256
+"""Prompt tokens read at a time, so that a long prompt takes no more memory than this many."""
 
 
 class Generation(NamedTuple):
     """New tokens, and the state to go on from."""
 
     tokens: Tensor  # (B, N) int64: the new tokens; PAD after a row's EOS
-    context: Tensor  # (B, C) after every token but the last one, which goes first into the next call
+    context: Tensor  # (B, C) after every token but a row's last one, which goes first into the next call
+    log_probs: Tensor  # (B, N): natural log of the model's own probability of each token; 0 after a row's EOS
 
 
-@torch.no_grad()
+class Sampling(NamedTuple):
+    """How a token is drawn; `check` raises ValueError naming the first value that is out of its range."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    allow_unknown: bool = False
+
+    def check(self) -> Sampling:
+        """Itself, if every value is in its range."""
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature = {self.temperature!r}: must be a number from 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k!r}: must be a whole number from 0 (0 = all)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p!r}: must be a number above 0 to 1")
+        return self
+
+
+class Step(NamedTuple):
+    """One new token of every row."""
+
+    token: Tensor  # (B,) int64: PAD in a row that has ended
+    log_prob: Tensor  # (B,): before temperature and limits; 0 in a row that has ended
+    context: Tensor  # (B, C) before the token was read
+
+
 def generate(
     model: NewLLM,
     tokens: Tensor,
@@ -31,46 +64,99 @@ def generate(
     allow_unknown: bool = False,
     context: Tensor | None = None,
     generator: torch.Generator | None = None,
+    lengths: Tensor | None = None,
 ) -> Generation:
-    """Continue tokens (B, T) int64, the prompt, which stands after `context` (B, C; None = the empty one).
+    """Continue tokens (B, T) int64, the prompts, which stand after `context` (B, C; None = the empty one).
 
     temperature 0 takes the likeliest token; top_k keeps that many of the likeliest (0 = all), top_p the fewest whose
     probabilities reach that sum (Holtzman et al. 2019, arXiv 1904.09751). `<PAD>` and `<BOS>` are never drawn,
-    `<UNK>` only with allow_unknown; a row ends at `<EOS>`. ValueError for values out of range.
+    `<UNK>` only with allow_unknown; a row ends at `<EOS>`. lengths (B,) int64, each from 1 to T: the real tokens of
+    each prompt, which stand first in its row (None = all T). Dropout is off. ValueError for values out of range.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
-    was_training = model.training
-    model.eval()
-    try:
-        steps = _steps(model, tokens, context, generator, (temperature, top_k, top_p, allow_unknown))
-        out, ended = [], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        for token, after in steps:
-            out.append(token.masked_fill(ended, PAD))
-            ended |= token == EOS
-            if len(out) == max_new_tokens or bool(ended.all()):
-                return Generation(torch.stack(out, dim=1), after)
-    finally:
-        model.train(was_training)
-    raise AssertionError("the steps of a generation do not end by themselves")
+    check_count(max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, allow_unknown)
+    decoding, steps = Decoding(model, tokens, sampling, context, generator, lengths), []
+    for step in decoding:
+        steps.append(step)
+        if len(steps) == max_new_tokens:
+            break
+    tokens, log_probs = (torch.stack(values, dim=1) for values in list(zip(*steps, strict=True))[:2])
+    return Generation(tokens, steps[-1].context, log_probs)
 
 
-def _steps(
-    model: NewLLM,
-    tokens: Tensor,
-    context: Tensor | None,
-    generator: torch.Generator | None,
-    sampling: tuple[float, int, float, bool],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One token (B,) after another, each with the context before it was read."""
-    temperature, top_k, top_p, allow_unknown = sampling
-    banned = [PAD, BOS] if allow_unknown else [PAD, UNK, BOS]
-    while True:
-        hidden, context = model.hidden(tokens, context)
-        logits = linear(hidden[:, -1], *model.head)  # (B, V)
-        logits[:, banned] = -torch.inf
-        token = sample(logits, temperature, top_k, top_p, generator)
-        yield token, context
-        tokens = token[:, None]
+class Decoding:
+    """Steps of a generation, one at a time, until every row has ended; options as for `generate`.
+
+    The weights are prepared when it is made: later changes of the model do not reach it. Set a row of `ended` (B,) to
+    end it; a row that has ended reads nothing more.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: NewLLM,
+        tokens: Tensor,
+        sampling: Sampling,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        lengths: Tensor | None = None,
+    ):
+        self._sampling, self._generator = sampling.check(), generator
+        self._head = tuple(tensor.detach() for tensor in model.head)
+        self._limits = torch.zeros(len(self._head[1]), device=tokens.device)  # added to the logits
+        self._limits[[PAD, BOS] if sampling.allow_unknown else [PAD, UNK, BOS]] = -torch.inf
+        self._hidden, self.context = read_prompts(model, tokens, context, lengths)  # (B, H), (B, C)
+        self._cell = Cell(LoopWeights.of(model.weights(), None, self.context.dtype), len(tokens))
+        self._token: Tensor | None = None
+        self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    def __iter__(self) -> Decoding:
+        return self
+
+    def __next__(self) -> Step:
+        # products of one row are too small to share between threads: two of them took 1.5 times as long as one
+        with cpu_threads(1) if len(self.ended) == 1 else nullcontext():
+            return self._next()
+
+    @torch.no_grad()
+    def _next(self) -> Step:
+        ended = int(self.ended.sum())
+        if ended == len(self.ended):
+            raise StopIteration
+        if self._token is not None:
+            self._hidden, after = self._cell(self._cell.table.index_select(0, self._token), self.context)
+            self.context = torch.where(self.ended[:, None], self.context, after) if ended else after
+        logits = linear(self._hidden, *self._head)  # (B, V)
+        shares = logits.log_softmax(-1)
+        token = sample(logits + self._limits, *self._sampling[:3], self._generator)
+        log_prob = shares.gather(1, token[:, None]).squeeze(1)
+        if ended:
+            token, log_prob = token.masked_fill(self.ended, PAD), log_prob.masked_fill(self.ended, 0)
+        self._token = token
+        self.ended = self.ended | (token == EOS)
+        return Step(token, log_prob, self.context)
+
+
+@torch.no_grad()
+def read_prompts(
+    model: NewLLM, tokens: Tensor, context: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The last hidden layer (B, H) at the last real token of each row, and the context (B, C) after it."""
+    model.check_tokens(tokens)
+    rows, total = tokens.shape
+    lengths = torch.full((rows,), total, device=tokens.device) if lengths is None else lengths
+    if lengths.shape != (rows,) or int(lengths.min()) < 1 or int(lengths.max()) > total:
+        raise ValueError(f"lengths = {lengths.tolist()!r}: must be {rows} whole numbers from 1 to {total}")
+    context = model.check_context(context, rows)
+    engine = choose_engine("auto", Precision("fp32", "generation"), tokens.device.type).run
+    last = context.new_zeros(rows, model.config.hidden_dim)
+    for start in range(0, int(lengths.max()), _PROMPT_CHUNK):
+        part = tokens[:, start : start + _PROMPT_CHUNK]
+        left = (lengths - start).clamp(0, part.shape[1])  # (B,)
+        hidden, context = engine(model.weights(), part, context, left, None)
+        ends = hidden.gather(1, (left - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
+        last = torch.where((left > 0)[:, None], ends.to(last.dtype), last)
+    return last, context
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -87,25 +173,14 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         shares = ordered.softmax(-1)
         beyond = shares.cumsum(-1) - shares >= top_p  # the likeliest is always kept
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    total = sums[:, -1:]
+    place = torch.rand(total.shape, dtype=torch.float64, device=total.device, generator=generator) * total
+    place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))  # so that some sum lies above it
+    return torch.searchsorted(sums, place, right=True).squeeze(1)  # multinomial takes several times as long on a CPU
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    """ValueError naming the first value that is out of its range."""
+def check_count(max_new_tokens: int) -> None:
+    """ValueError unless it is a whole number from 1."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens!r}: must be a whole number from 1")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature!r}: must be a number from 0")
-    if top_k < 0:
-        raise ValueError(f"top_k = {top_k!r}: must be a whole number from 0 (0 = all)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p!r}: must be a number above 0 to 1")
-
-
-def generate_text(model: NewLLM, tokenizer, prompt: str = "", seed: int | None = None, **options) -> str:
-    """The prompt, encoded after a `<BOS>`, and its continuation as text; options as for `generate`."""
-    device = model.output.weight.device
-    tokens = torch.tensor([[BOS, *tokenizer.encode(prompt)]], device=device)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    new = generate(model, tokens, generator=generator, **options).tokens
-    return tokenizer.decode([*tokens[0].tolist(), *new[0].tolist()])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
+from newllm_lib.buffers import BUFFERS
 from newllm_lib.config import PAD, UNK
 from newllm_lib.hardware import Precision
 from newllm_lib.model import NewLLM
@@ -156,11 +157,7 @@ class _TokenLosses(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         correct = torch.empty_like(nll, dtype=torch.bool)
-        slopes = (
-            torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-            if any(ctx.needs_input_grad)
-            else None
-        )
+        slopes = BUFFERS.empty(len(hidden), len(weight), like=hidden) if any(ctx.needs_input_grad) else None
         for part in _chunks(len(hidden), len(weight)):
             wanted = targets[part, None]
             logits = linear(hidden[part], weight, bias)  # (n, V)
@@ -181,7 +178,7 @@ class _TokenLosses(torch.autograd.Function):
         hidden, weight, slopes = ctx.saved_tensors
         largest = grad_nll.abs().amax().clamp(min=torch.finfo(grad_nll.dtype).tiny)  # keeps FP16 in its range
         share = (grad_nll / largest).to(hidden.dtype)[:, None]  # (N, 1), at most 1
-        grad_hidden = (slopes @ weight).mul_(grad_nll[:, None])
+        grad_hidden = (slopes @ weight).mul_(share).mul_(largest)
         grad_weight = (slopes.t() @ (hidden * share)) * largest.to(grad_nll.dtype)
         grad_bias = (slopes.t() @ share).squeeze(1) * largest
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
@@ -193,8 +190,9 @@ def _is_first_largest(values: Tensor, index: Tensor) -> Tensor:
         return values.argmax(1) == index
     largest = values.amax(1, keepdim=True)
     hit = values.gather(1, index[:, None]) == largest
-    tied = (hit & ((values == largest).sum(1, keepdim=True) > 1)).squeeze(1)  # equal logits are common in BF16
     hit = hit.squeeze(1)
+    rows = hit.nonzero().squeeze(1)
+    tied = rows[(values[rows] == largest[rows]).sum(1) > 1]  # equal logits are common in BF16
     hit[tied] = values[tied].argmax(1) == index[tied]
     return hit
 

@@ -99,12 +99,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         tokens (B, T) int64; context (B, C) or None for the empty one; lengths (B,) int64, real tokens a row, or
         None for all. In training mode dropout draws its seed from torch's generator unless one is given.
         """
-        self._check_tokens(tokens)
-        if context is None:
-            context = self.initial_context(tokens.shape[0])
-        elif context.shape != (tokens.shape[0], self.config.context_dim):
-            expected = (tokens.shape[0], self.config.context_dim)
-            raise ValueError(f"context has shape {tuple(context.shape)}: must be {expected}")
+        self.check_tokens(tokens)
+        context = self.check_context(context, len(tokens))
         if dropout is None and self.training and self.config.dropout > 0:
             dropout = Dropout(self.config.dropout, int(torch.randint(2**62, ())), tokens.device)
         return engine(self.weights(), tokens, context, lengths, dropout)
@@ -125,7 +121,16 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         """Weight (V, H) and bias (V,) of the output layer."""
         return self.output.weight, self.output.bias
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def check_context(self, context: Tensor | None, rows: int) -> Tensor:
+        """The context (rows, C), the empty one for None; ValueError for another shape."""
+        if context is None:
+            return self.initial_context(rows)
+        if context.shape != (rows, self.config.context_dim):
+            raise ValueError(f"context has shape {tuple(context.shape)}: must be {(rows, self.config.context_dim)}")
+        return context
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """ValueError unless tokens are int64, (rows, length), not empty, and in the vocabulary."""
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(
                 f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}: must be int64 of shape (rows, length), "

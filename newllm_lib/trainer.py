@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from newllm_lib import schedule
+from newllm_lib.buffers import BUFFERS
 from newllm_lib.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -118,7 +119,7 @@ class Trainer:
         reset_peak_memory(self.setup.machine)
         self._last_save = time.monotonic()
         self._torn = True
-        with self._stop.listening(), cpu_threads(self.setup.machine.threads):
+        with self._stop.listening(), cpu_threads(self.setup.machine.threads), BUFFERS.kept():
             while not (ended := self.ended()) and not self._stop.requested:
                 self._train_batch()
             self._torn = False

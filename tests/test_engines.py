@@ -153,7 +153,7 @@ def test_products_equal_linear_with_and_without_the_packed_layout(monkeypatch):
         products_module.Product(weight, bias, rows=7, relu=True)(x),
         products_module.Product(weight, rows=7)(x, other),
     ]
-    monkeypatch.setattr(products_module, "packs", lambda weight: False)
+    monkeypatch.setattr(products_module, "packs", lambda weight, rows: False)
     plain = [
         products_module.Product(weight, bias, rows=7, relu=True)(x),
         products_module.Product(weight, rows=7)(x, other),

@@ -33,13 +33,14 @@ class Dropout:
         words.random_(-(2**63), None, generator=torch.Generator(self._device).manual_seed(self._seed))
         bits = words.view(torch.int16)[:count].view(num_layers, rows, width)
         self._bits = bits if order is None else bits[:, order]
+        self._mixed = torch.empty_like(self._bits)
         self._steps = random.Random(self._seed)
 
     def next_masks(self, rows: int, dtype: torch.dtype = torch.bool) -> Tensor:
         """Masks (L, rows, H) of the first `rows` rows in the next time step: true or 1 keeps a unit."""
         factor = self._steps.randrange(-_LEVELS // 2 + 1, _LEVELS // 2, 2)
         shift = self._steps.randrange(-_LEVELS // 2, _LEVELS // 2)
-        mixed = (self._bits[:, :rows] * factor).add_(shift)
+        mixed = torch.mul(self._bits[:, :rows], factor, out=self._mixed[:, :rows]).add_(shift)
         return torch.ge(mixed, self._threshold, out=torch.empty(mixed.shape, dtype=dtype, device=mixed.device))
 
     @property

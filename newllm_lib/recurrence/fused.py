@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
+from newllm_lib.buffers import BUFFERS
+from newllm_lib.recurrence.cell import Cell, LoopWeights, mix
 from newllm_lib.recurrence.dropout import Dropout
 from newllm_lib.recurrence.packing import Packing
 from newllm_lib.recurrence.products import Product
@@ -46,28 +48,16 @@ def recurrence(
     layers = [tensor for pair in weights.layers for tensor in pair]
     with torch.autocast(device, enabled=False):
         packing = Packing.of(tokens, lengths)
+        if dropout is None and not torch.is_grad_enabled():
+            return _read(LoopWeights.of(weights, packing.words, dtype), packing, context)
         return _Recurrence.apply(packing, dropout, weights.clamp, dtype, context, *first, *last, *layers)
-
-
-@dataclass
-class _Cell:
-    """The weights as the loop uses them: cast once, and with dropout's 1 / keep on the weight that reads its output."""
-
-    table: Tensor  # (U, H): W_e e + b_1 of each word in use
-    context: Tensor  # W_c (H, C)
-    layers: list[tuple[Tensor, Tensor]]  # W_l (H, H), b_l (H,) for l = 2..L
-    heads: tuple[Tensor, Tensor]  # W_g (3C, H), b_g (3C,)
-    norm: Tensor  # in the type of the state, as the two below
-    norm_bias: Tensor
-    clamp: float
-    scale: float
 
 
 @dataclass
 class _Trace:
     """What the backward pass reads, packed step after step."""
 
-    hidden: list[Tensor]  # L times (N, H): each layer's output, before dropout's 1 / keep
+    hidden: list[Tensor]  # L times (N + slack, H): each layer's output, before dropout's 1 / keep
     heads: Tensor  # (N, 3C): candidate, forget gate, input gate before their sigmoids
     read: Tensor  # (N, C): the context before the token, as the products read it
     after: Tensor  # (N, C): the context after it
@@ -91,10 +81,16 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packing, dropout, clamp, dtype, context, *tensors):
         """Hidden (B, T, H) in the type of the products, and the context (B, C) after the last token."""
-        cell = _prepare(tensors, packing, dropout, clamp, dtype)
+        embedding, token, token_bias, context_weight, heads, heads_bias, norm, norm_bias, *layers = tensors
+        pairs = tuple(zip(layers[::2], layers[1::2], strict=True))
+        weights = Weights(
+            embedding, token, token_bias, context_weight, pairs, heads, heads_bias, norm, norm_bias, clamp
+        )
+        cell = LoopWeights.of(weights, packing.words, dtype, dropout.scale if dropout else 1.0)
         state = context[packing.order]
-        trace = _new_trace(cell, state, packing) if any(ctx.needs_input_grad) else None
-        top = _run(cell, packing, dropout, state, trace)
+        trace = _new_trace(cell, state, packing)
+        _run(cell, packing, dropout, state, trace)
+        top = trace.hidden[-1][: len(packing.position)]
         hidden = top.new_zeros(packing.places, top.shape[1])
         hidden.index_copy_(0, packing.position, top * cell.scale if dropout else top)
         after = torch.empty_like(context)
@@ -109,9 +105,9 @@ class _Recurrence(torch.autograd.Function):
         """Gradients of the context and of every weight."""
         context, *tensors = ctx.saved_tensors
         packing, cell = ctx.packing, ctx.cell
-        grad_top = grad_hidden.reshape(packing.places, -1)[pad(packing.position, (0, packing.slack))]
+        grad_top = _rows(grad_hidden.reshape(packing.places, -1), pad(packing.position, (0, packing.slack)))
         if cell.scale != 1:
-            grad_top = grad_top * cell.scale
+            grad_top.mul_(cell.scale)
         grad_state = grad_after[packing.order]
         first, back = context[packing.order], _backward_products(cell, len(packing.order))
         gradients = [torch.zeros_like(tensor) for tensor in tensors]
@@ -125,79 +121,71 @@ class _Recurrence(torch.autograd.Function):
         return None, None, None, None, grad_context, *gradients
 
 
-def _prepare(tensors, packing: Packing, dropout: Dropout | None, clamp: float, dtype: torch.dtype) -> _Cell:
-    embedding, token, token_bias, context, heads, heads_bias, norm, norm_bias, *layers = tensors
-    scale = dropout.scale if dropout else 1.0
-    return _Cell(
-        table=linear(embedding[packing.words].to(dtype), token.to(dtype), token_bias.to(dtype)),
-        context=context.to(dtype),
-        layers=[((w * scale).to(dtype), b.to(dtype)) for w, b in zip(layers[::2], layers[1::2], strict=True)],
-        heads=((heads * scale).to(dtype), heads_bias.to(dtype)),
-        norm=norm,
-        norm_bias=norm_bias,
-        clamp=clamp,
-        scale=scale,
-    )
+def _read(prepared: LoopWeights, packing: Packing, context: Tensor) -> tuple[Tensor, Tensor]:
+    """The pass when no gradient will be asked for: nothing is kept but the last layer."""
+    inputs = _rows(prepared.table, pad(packing.word_of, (0, packing.slack)))  # (N + slack, H)
+    cell, state = Cell(prepared, len(packing.order)), context[packing.order]
+    hidden = inputs.new_zeros(packing.places, inputs.shape[1])
+    top = torch.empty_like(inputs)
+    for t, rows in enumerate(packing.active):
+        start, more = packing.offsets[t], packing.rounded(rows)
+        h, after = cell(inputs[start : start + more], state[:more])
+        top[start : start + rows], state[:rows] = h[:rows], after[:rows]
+    hidden.index_copy_(0, packing.position, top[: len(packing.position)])
+    after = torch.empty_like(context)
+    after[packing.order] = state
+    return hidden.view(len(context), -1, inputs.shape[1]), after
 
 
-def _new_trace(cell: _Cell, state: Tensor, packing: Packing) -> _Trace:
+def _new_trace(cell: LoopWeights, state: Tensor, packing: Packing) -> _Trace:
     total, width = len(packing.position), state.shape[1]
-    low, high = cell.table.new_empty, state.new_empty
+    low = cell.table
     return _Trace(
-        hidden=[low(total, cell.table.shape[1]) for _ in range(len(cell.layers) + 1)],
-        heads=low(total, 3 * width),
-        read=low(total, width),
-        after=high(total, width),
-        mean=high(total, 1),
-        rstd=high(total, 1),
+        hidden=[BUFFERS.empty(total + packing.slack, low.shape[1], like=low) for _ in range(len(cell.layers) + 1)],
+        heads=BUFFERS.empty(total, 3 * width, like=low),
+        read=BUFFERS.empty(total, width, like=low),
+        after=BUFFERS.empty(total, width, like=state),
+        mean=state.new_empty(total, 1),
+        rstd=state.new_empty(total, 1),
     )
 
 
-def _run(cell: _Cell, packing: Packing, dropout: Dropout | None, state: Tensor, trace: _Trace | None) -> Tensor:
-    """The loop: the last layer (N, H) of every token; `state` (B, C) ends as the context after each row's last."""
-    inputs = cell.table[pad(packing.word_of, (0, packing.slack))]  # (N and some rows that are not used, H)
+def _run(cell: LoopWeights, packing: Packing, dropout: Dropout | None, state: Tensor, trace: _Trace) -> None:
+    """The loop, kept in `trace`; `state` (B, C) ends as the context after each row's last token."""
+    inputs = _rows(cell.table, pad(packing.word_of, (0, packing.slack)))  # (N + slack, H)
     most = len(packing.order)
     enter = Product(cell.context, rows=most, relu=True)
     layers = [Product(weight, bias, rows=most, relu=True) for weight, bias in cell.layers]
     gates = Product(*cell.heads, rows=most)
     if dropout:
         dropout.start(len(layers) + 1, most, inputs.shape[1], None if packing.sorted else packing.order)
-    top = inputs.new_empty(len(packing.position), inputs.shape[1]) if trace is None else trace.hidden[-1]
     for t, rows in enumerate(packing.active):
-        span, more = packing.step(t), packing.rounded(rows)  # the rows from `rows` to `more` are computed, never kept
+        span, more = packing.step(t), packing.rounded(rows)
+        wide = slice(span.start, span.start + more)  # its rows beyond the span are the next step's, which follow
         read = state[:more].to(inputs.dtype, copy=True)  # the state itself changes below
         masks = dropout.next_masks(more, inputs.dtype) if dropout else None
-        h = enter(read, inputs[span.start : span.start + more])
-        for layer, product in enumerate(layers):
-            h = product(_keep(h, masks, layer, None if trace is None else trace.hidden[layer][span]))
-        heads = gates(_keep(h, masks, len(layers), top[span]))
-        heads = heads[:rows]
-        mixed = _mix(heads.to(state.dtype), state[:rows])[0]
+        h = enter(read, inputs[wide])
+        for layer, product in enumerate((*layers, gates)):
+            h = product(_keep(h, masks, layer, trace.hidden[layer][wide]))
+        heads = h[:rows]
+        mixed = mix(heads.to(state.dtype), state[:rows])[0]
         new, mean, rstd = torch.native_layer_norm(mixed, mixed.shape[1:], cell.norm, cell.norm_bias, _EPSILON)
         state[:rows] = new.clamp_(-cell.clamp, cell.clamp)
-        if trace is not None:
-            trace.read[span], trace.heads[span], trace.after[span] = read[:rows], heads, new
-            trace.mean[span], trace.rstd[span] = mean, rstd
-    return top
+        trace.read[span], trace.heads[span], trace.after[span] = read[:rows], heads, new
+        trace.mean[span], trace.rstd[span] = mean, rstd
 
 
-def _keep(h: Tensor, masks: Tensor | None, layer: int, out: Tensor | None) -> Tensor:
-    """Dropout without its 1 / keep; the first rows are copied to `out` (n, H) where the output is kept."""
-    h = h if masks is None else h.mul_(masks[layer])
-    if out is not None:
-        out.copy_(h[: len(out)])
-    return h
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """values (M, W) at index (N,): (N, W)."""
+    return torch.index_select(values, 0, index, out=BUFFERS.empty(len(index), values.shape[1], like=values))
 
 
-def _mix(heads: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sigmoid(f) c + sigmoid(i) d from the heads (n, 3C), and d, sigmoid(f), sigmoid(i) themselves."""
-    width = state.shape[1]
-    candidate = heads[:, :width]
-    forget, write = heads[:, width:].sigmoid().split(width, dim=1)
-    return torch.addcmul(forget * state, write, candidate), candidate, forget, write
+def _keep(h: Tensor, masks: Tensor | None, layer: int, kept: Tensor) -> Tensor:
+    """Dropout without its 1 / keep on h (n, H), written to `kept` (n, H)."""
+    return kept.copy_(h) if masks is None else torch.mul(h, masks[layer], out=kept)
 
 
-def _backward_products(cell: _Cell, rows: int) -> tuple[list[Product], Product]:
+def _backward_products(cell: LoopWeights, rows: int) -> tuple[list[Product], Product]:
     """The weights the other way round: of every layer, and of the heads."""
     weights = (cell.context, *(weight for weight, _ in cell.layers))
     return [Product(weight.t(), rows=rows) for weight in weights], Product(cell.heads[0].t(), rows=rows)
@@ -207,15 +195,19 @@ def _run_back(cell, back, packing: Packing, trace: _Trace, first, grad_top, grad
     """Some steps of the loop backwards; `grad_state` (B, C) ends as the gradient of the context before them."""
     layers, gates = back
     start, end = packing.offsets[steps.start], packing.offsets[steps.stop]
-    spare = [values.new_zeros(end - start + packing.slack, values.shape[1]) for values in (*trace.hidden, trace.heads)]
-    deltas = _Deltas([values[: end - start] for values in spare[:-1]], spare[-1][: end - start])
+    total = end - start
+    rows = total + packing.slack
+    spare = [BUFFERS.empty(rows, values.shape[1], like=values) for values in (*trace.hidden, trace.heads)]
+    for values in spare:
+        values[total:] = 0  # read by the last step's products, never written
+    deltas = _Deltas([values[:total] for values in spare[:-1]], spare[-1][:total])
     width = first.shape[1]
     for t in reversed(steps):
         rows, span = packing.active[t], packing.step(t)
         here = slice(span.start - start, span.stop - start)
         more = slice(here.start, here.start + packing.rounded(rows))  # computed, never kept, as in the forward loop
         state = first[:rows] if t == 0 else trace.after[packing.offsets[t - 1] : packing.offsets[t - 1] + rows]
-        mixed, candidate, forget, write = _mix(trace.heads[span].to(state.dtype), state)
+        mixed, candidate, forget, write = mix(trace.heads[span].to(state.dtype), state)
         grad = torch.ops.aten.hardtanh_backward(grad_state[:rows], trace.after[span], -cell.clamp, cell.clamp)
         statistics = (trace.mean[span], trace.rstd[span], cell.norm, cell.norm_bias)
         grad, norm, norm_bias = torch.ops.aten.native_layer_norm_backward(
@@ -238,7 +230,7 @@ def _run_back(cell, back, packing: Packing, trace: _Trace, first, grad_top, grad
 
 
 def _weight_gradients(
-    cell: _Cell, packing: Packing, trace: _Trace, deltas: _Deltas, tensors: list[Tensor], steps: range
+    cell: LoopWeights, packing: Packing, trace: _Trace, deltas: _Deltas, tensors: list[Tensor], steps: range
 ):
     """Of some steps, in the order of `tensors` and the type of each: one large product a weight."""
     embedding, token, token_bias, context, heads, heads_bias, _, _, *layers = tensors

@@ -16,7 +16,7 @@ class Product:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, rows: int, relu: bool = False):
         self.weight, self.bias, self.relu = weight, bias, relu
-        self._packed = _pack(weight, rows) if packs(weight) else None
+        self._packed = _pack(weight, rows) if packs(weight, rows) else None
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The product for some rows."""
@@ -30,8 +30,10 @@ class Product:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "relu" if self.relu else "none", [], "")
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether this build and type can use oneDNN's layout."""
+def packs(weight: Tensor, rows: int) -> bool:
+    """Whether this build and type can use oneDNN's layout, and gain by it: not for one row in FP32."""
+    if rows == 1 and weight.dtype == torch.float32:
+        return False
     known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
     return known and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -57,6 +57,8 @@ def _fault(run: Callable, precision: Precision, device: str) -> str | None:
     return None
 
 
+@torch.inference_mode(False)  # whatever the caller does, gradients are compared
+@torch.enable_grad()
 def _results(run: Callable, precision: Precision, device: str) -> dict[str, Tensor]:
     """Values and gradients of a pass with padding, dropout and a context, on the CPU."""
     generator = torch.Generator().manual_seed(0)

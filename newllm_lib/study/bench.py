@@ -11,7 +11,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,9 @@ from newllm_lib.recurrence.products import Product
 from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.step import make_optimizers, optimizer_step
 from newllm_lib.study.baselines import LSTMModel, PublishedLoop, plain_step
+from newllm_lib.study.bench_inference import measure_inference
 from newllm_lib.study.bench_report import GROWTH, table_text, write_plot
+from newllm_lib.study.timing import timed
 from newllm_lib.text.prepare import prepare
 
 SUBJECTS = ("published", "reference", "fused", "lstm")
@@ -138,17 +139,6 @@ def measure(
     ]
 
 
-def timed(step: Callable[[], Any], machine: Machine) -> float:
-    """Seconds of one call, the GPU waited for."""
-    if machine.kind == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if machine.kind == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def describe(case: Case, ids: Tensor, seconds: list[float], rate: float) -> dict[str, Any]:
     """What a case gave, in slots and tokens a second and as a share of the product rate."""
     median = statistics.median(seconds)
@@ -227,11 +217,15 @@ def _memory_child(request: str) -> int:
 PARTS: dict[str, list[Case]] = {
     "batch": [Case(subject=name, batch=batch) for batch in (32, 128, 256, 512) for name in SUBJECTS],
     "fp32": [Case(subject=name, precision="fp32") for name in SUBJECTS],
-    "length": [Case(subject=name, batch=64, length=length) for length in (64, 127, 253) for name in ("fused", "lstm")],
-    "hidden_dim": [Case(subject="fused", batch=128, hidden_dim=width) for width in (256, 512, 1024)],
+    "length": [
+        Case(subject=name, batch=64, length=length) for length in (64, 127, 253, 505) for name in ("fused", "lstm")
+    ],
+    "hidden_dim": [Case(subject="fused", batch=128, hidden_dim=width) for width in (256, 512, 1024, 2048)],
     "num_layers": [Case(subject="fused", batch=128, num_layers=layers) for layers in (2, 6, 12)],
 }
 """Each part is one comparison, its cases taken in turn."""
+INFERENCE = "inference"
+"""The part that is no training step."""
 
 MEMORY = [Case(subject=name, batch=batch) for name, batch in (("published", 512), ("fused", 512), ("fused", 2048))]
 """Cases whose peak memory is measured, each in a process of its own."""
@@ -246,11 +240,11 @@ def run_bench(
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure the parts and write bench.json, bench.md and bench.png to a folder; returns what bench.json holds."""
-    unknown = sorted(set(parts) - set(PARTS))
+    unknown = sorted(set(parts) - {*PARTS, INFERENCE})
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r}: must be one of {', '.join(PARTS)}")
+        raise ValueError(f"unknown part {unknown[0]!r}: must be one of {', '.join((*PARTS, INFERENCE))}")
     rows = []
-    for part in parts:
+    for part in [part for part in parts if part != INFERENCE]:
         report(f"part {part}: {len(PARTS[part])} cases")
         rows += [{"part": part, **row} for row in measure(PARTS[part], data, rounds, report)]
     for case in MEMORY if memory else []:
@@ -258,6 +252,8 @@ def run_bench(
         row = {"part": "memory", **measure([case], data, 1, lambda text: None)[0]}
         rows.append(row | {"memory_bytes": memory_bytes(case, data)})
     result = {"environment": environment(detect()), "data": data, "rounds": rounds, "rows": rows}
+    if INFERENCE in parts:
+        result[INFERENCE] = measure_inference(rounds, report)
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "bench.json", json.dumps(result, indent=2) + "\n")
     write_text_atomic(folder / "bench.md", table_text(result))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from newllm_lib.study.bench_inference import inference_text
+
 SERIES = {
     "published": ("published loop", "#777777"),
     "reference": ("reference", "#d9701e"),
@@ -50,7 +52,8 @@ def table_text(result: dict[str, Any]) -> str:
             f"{row['memory_bytes'] / 2**30:.2f} GiB" if row.get("memory_bytes") else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return text + ("\n" + inference_text(result["inference"]) if "inference" in result else "")
 
 
 def published_seconds(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from newllm_lib.config import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
+
+
+class Tokenizer(Protocol):
+    """What every kind of tokenizer offers; ids 0 to 3 are the special tokens in all of them."""
+
+    kind: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids, the special ones included."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without `<BOS>` and `<EOS>`."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ids other than `<UNK>` are left out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and checkpoints."""
 
 
 class _Table(dict):
