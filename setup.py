@@ -23,6 +23,7 @@ setup(
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
         "click>=8.1",
+        "sentencepiece>=0.2",
     ],
     extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9"]},
     entry_points={"console_scripts": ["newllm = newllm_lib.cli:main"]},

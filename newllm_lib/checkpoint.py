@@ -26,7 +26,7 @@ import torch
 from newllm_lib.config import ModelConfig, build
 from newllm_lib.files import write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
-from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
+from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT_VERSION = 1
 """Version of the payload; a reader refuses newer ones and reads all older ones."""
@@ -236,7 +236,7 @@ def restore_generators(states: dict[str, Any]) -> None:
 # --- the folder one downloads -----------------------------------------------------------------------------------
 
 
-def export_model(folder: Path, model: NewLLM, tokenizer: WordTokenizer) -> None:
+def export_model(folder: Path, model: NewLLM, tokenizer: Tokenizer) -> None:
     """Write model.safetensors, config.json and tokenizer.json, each whole: what `NewLLM.from_pretrained` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -245,7 +245,7 @@ def export_model(folder: Path, model: NewLLM, tokenizer: WordTokenizer) -> None:
     write_text_atomic(folder / "tokenizer.json", json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
 
 
-def load_exported(folder: Path) -> tuple[NewLLM, WordTokenizer]:
+def load_exported(folder: Path) -> tuple[NewLLM, Tokenizer]:
     """Model and tokenizer of a folder that `export_model` wrote; CheckpointError names what is wrong with it."""
     try:
         config = build(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -259,7 +259,7 @@ def load_exported(folder: Path) -> tuple[NewLLM, WordTokenizer]:
     return model, tokenizer
 
 
-def check_vocabulary(config: ModelConfig, tokenizer: WordTokenizer, place: Path) -> None:
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, place: Path) -> None:
     """CheckpointError when a tokenizer and a model do not have the same number of ids."""
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(

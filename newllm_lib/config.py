@@ -97,8 +97,12 @@ class DataConfig(Checked):
 
     data: str | tuple[str, ...] = setting("wikitext-2")
     """wikitext-2, wikitext-103, builtin, a folder with train and valid files, a text file, or a file pattern."""
-    text_unit: str = setting("line", choices=("line", "paragraph"))
-    """What one text of a file is: a line, or a paragraph (lines up to a blank one, for hard-wrapped books)."""
+    text_unit: str = setting("line", choices=("line", "paragraph", "file"))
+    """One text is: a line, a paragraph (lines up to a blank one, joined), or a whole file as it is (for code)."""
+    tokenizer: str = setting("words", choices=("words", "sentencepiece"))
+    """words = lower-cased words, as published; sentencepiece = pieces of any text, nothing lost."""
+    sentencepiece_model: str = setting("bpe", choices=("bpe", "unigram"))
+    """How pieces are found (sentencepiece only)."""
     layout: str = setting("windows", choices=("windows", "stream"))
     """windows = each text cut into overlapping windows, as published; stream = one text, the context carried on."""
     sequence_length: int = setting(64, 2, 1_000_000)
@@ -106,7 +110,7 @@ class DataConfig(Checked):
     stride: int = setting(32, 1, 1_000_000)
     """Distance between the starts of two windows of a long text (tokens; windows only)."""
     min_words: int = setting(5, 0, 1_000_000)
-    """Texts with fewer are skipped (words; windows only)."""
+    """Texts with fewer are skipped (words, or pieces of SentencePiece; windows only)."""
     validation_fraction: float = setting(0.05, 0, 0.5, open_low=True)
     """Share of a text file that becomes the validation split (texts; text files only)."""
     test_fraction: float = setting(0.05, 0, 0.5, open_low=True)

@@ -42,30 +42,44 @@ class Metrics:
     accuracy_known: float
     unknown_share: float
     tokens: int
+    bits_per_byte: float | None
+    """nll / ln 2 / UTF-8 bytes of the scored text, the ends of texts paid for; None where the tokenizer loses text."""
+    word_perplexity: float | None
+    """exp(nll / words), words being the scored bytes over the bytes a word of the split; None as above."""
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Field names and plain numbers."""
         return dataclasses.asdict(self)
 
 
 class MetricSums:
-    """Running sums, kept in float64 on the device of the model; `result` divides once, at the end."""
+    """Running sums, kept in float64 on the device of the model; `result` divides once, at the end.
 
-    def __init__(self):
+    token_bytes (V,) int64: the UTF-8 bytes of each id, on that device; None where the tokenizer loses text.
+    """
+
+    def __init__(self, token_bytes: Tensor | None = None, bytes_per_word: float = math.nan):
         self._sums: Tensor | float = 0.0
+        self._bytes: Tensor | float = 0.0
+        self._token_bytes, self._bytes_per_word = token_bytes, bytes_per_word
 
     def add(self, nll: Tensor, correct: Tensor, targets: Tensor) -> None:
         """Count nll (N,), correct (N,) and the real targets (N,) they belong to."""
         known = targets != UNK
         rows = torch.stack([nll.double(), correct.double(), torch.ones_like(nll, dtype=torch.float64)])
         self._sums = self._sums + torch.cat([rows.sum(1), (rows * known).sum(1)])
+        if self._token_bytes is not None:
+            self._bytes = self._bytes + self._token_bytes[targets].sum()
 
     def result(self) -> Metrics:
         """The metrics of all that was added; ValueError when nothing was."""
         if isinstance(self._sums, float):
             raise ValueError("there is no token to score")
         nll, correct, tokens, nll_known, correct_known, tokens_known = self._sums.tolist()
+        size = float(self._bytes)  # 0 for a tokenizer that loses text
         return Metrics(
+            bits_per_byte=nll / math.log(2) / size if size else None,
+            word_perplexity=perplexity(nll, size / self._bytes_per_word) if size else None,
             loss=nll / tokens,
             perplexity=perplexity(nll, tokens),
             accuracy=correct / tokens,
@@ -93,7 +107,8 @@ def evaluate_split(
     """
     device = model.output.weight.device
     ids = torch.from_numpy(split.ids)
-    sums, context = MetricSums(), None
+    token_bytes = None if split.token_bytes is None else torch.from_numpy(split.token_bytes).to(device)
+    sums, context = MetricSums(token_bytes, split.bytes_per_word), None
     was_training = model.training
     model.eval()
     try:

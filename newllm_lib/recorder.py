@@ -126,7 +126,8 @@ class Recorder:
             prompt = torch.tensor([[BOS, *texts[index][:SAMPLE_PROMPT_TOKENS].tolist()]])
             generator = torch.Generator().manual_seed(seed)
             new = generate(model.eval(), prompt, SAMPLE_TOKENS, generator=generator).tokens
-            samples.append(f"**{tokenizer.decode(prompt[0])}** {tokenizer.decode(new[0])}")
+            start, whole = tokenizer.decode(prompt[0]), tokenizer.decode([*prompt[0], *new[0]])
+            samples.append(f"**{start}**{whole[len(start) :]}")
         return samples
 
 

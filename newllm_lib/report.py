@@ -20,6 +20,8 @@ HISTORY_COLUMNS = (
     "val_ppl",
     "val_accuracy",
     "val_ppl_known",
+    "val_bits_per_byte",
+    "val_word_ppl",
     "lr",
     "clip",
     "train_seconds",
@@ -189,11 +191,16 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
         _history_table(record, history),
         "## Samples",
         "After the first words (bold) of long validation texts; temperature 0.8, `<UNK>` left out.",
-        "\n\n".join("> " + sample.replace("<", "\\<") for sample in record["samples"])
-        or "None: the run has no trained weights yet.",
+        "\n\n".join(_quoted(sample) for sample in record["samples"]) or "None: the run has no trained weights yet.",
         "",
     ]
     write_text_atomic(folder / "report.md", "\n\n".join(parts))
+
+
+def _quoted(sample: str) -> str:
+    """A sample as a quotation, its line ends and indents kept."""
+    lines = sample.replace("<", "\\<").split("\n")
+    return "  \n".join("> " + "\u00a0" * (len(line) - len(line.lstrip(" "))) + line.lstrip(" ") for line in lines)
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -228,13 +235,11 @@ def _result(record: dict[str, Any]) -> str:
     best = record["best"]
     if best is None:
         return "None yet."
-    unknown = record["validation"]["unknown_share"]
     rows = [
         ("perplexity", f"{best['val_ppl']:.3f}", "exp(sum of nll / number of targets)"),
         ("loss", f"{best['val_loss']:.4f}", "nats a target"),
         ("accuracy", f"{best['val_accuracy']:.2%}", "likeliest token is the target"),
-        ("known-word perplexity", f"{best['val_ppl_known']:.2f}", "the same over targets that are not `<UNK>`"),
-        ("unknown share", f"{unknown:.1%}", "targets that are `<UNK>`: what saying it always would score"),
+        *(_lossless_rows(best) if _is_lossless(best) else _known_rows(best, record["validation"]["unknown_share"])),
         ("tokens a second", f"{best['tokens_per_second']:,.0f}", "real targets, since the validation before"),
         ("peak memory", f"{best['peak_memory_bytes'] / 2**30:.2f} GiB", record["peak_memory_meaning"]),
     ]
@@ -244,6 +249,29 @@ def _result(record: dict[str, Any]) -> str:
             ("published", f"{known.best_ppl:.2f}", f"{known.title}, {known.epochs} epochs. {known.note}".strip())
         )
     return _table(("", "best validation", "meaning"), rows)
+
+
+def _is_lossless(row: dict[str, Any]) -> bool:
+    """Whether a row was scored with a tokenizer that loses nothing; older rows do not say."""
+    return row.get("val_bits_per_byte") is not None
+
+
+def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            "bits per byte",
+            f"{best['val_bits_per_byte']:.4f}",
+            "sum of nll / ln 2 / UTF-8 bytes of the scored text; the ends of texts cost bits and hold no byte",
+        ),
+        ("word-level perplexity", f"{best['val_word_ppl']:.2f}", "exp(sum of nll / words between white space)"),
+    ]
+
+
+def _known_rows(best: dict[str, Any], unknown: float) -> list[tuple[str, str, str]]:
+    return [
+        ("known-word perplexity", f"{best['val_ppl_known']:.2f}", "the same over targets that are not `<UNK>`"),
+        ("unknown share", f"{unknown:.1%}", "targets that are `<UNK>`: what saying it always would score"),
+    ]
 
 
 def milestones(history: list[dict[str, Any]]) -> list[tuple[float, str, dict[str, Any] | None]]:
@@ -279,6 +307,7 @@ def milestones_text(record: dict[str, Any], history: list[dict[str, Any]]) -> st
 
 def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
     best_step = record["best"]["step"] if record["best"] else None
+    lossless = any(_is_lossless(row) for row in history)
     rows = [
         (
             f"{row['epoch']:.2f}",
@@ -287,13 +316,14 @@ def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str
             f"{row['val_loss']:.4f}",
             f"**{row['val_ppl']:.2f}**" if row["step"] == best_step else f"{row['val_ppl']:.2f}",
             f"{row['val_accuracy']:.2%}",
-            f"{row['val_ppl_known']:.2f}",
+            f"{row['val_bits_per_byte']:.4f}" if lossless else f"{row['val_ppl_known']:.2f}",
             f"{row['lr']:.2e}",
             f"{row['train_seconds']:,.1f}",
         )
         for row in history
     ]
-    titles = ("epoch", "step", "train loss", "val loss", "val PPL", "accuracy", "known PPL", "rate", "seconds")
+    last = "bits a byte" if lossless else "known PPL"
+    titles = ("epoch", "step", "train loss", "val loss", "val PPL", "accuracy", last, "rate", "seconds")
     return _table(titles, rows)
 
 

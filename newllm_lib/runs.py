@@ -21,7 +21,7 @@ from newllm_lib.recorder import Recorder, command
 from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.step import TrainingError
 from newllm_lib.text.prepare import prepare
-from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
+from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
 from newllm_lib.trainer import Setup, Trainer
 
 
@@ -61,7 +61,7 @@ class Run:
         return self._loaded.model
 
     @property
-    def tokenizer(self) -> WordTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that the run was trained with."""
         return self._loaded.tokenizer
 
@@ -70,7 +70,7 @@ class Loaded(NamedTuple):
     """A trained model with what belongs to it."""
 
     model: NewLLM
-    tokenizer: WordTokenizer
+    tokenizer: Tokenizer
     config: RunConfig | None
     """None for a bare model folder."""
     fingerprint: str | None
@@ -242,7 +242,7 @@ def evaluate(
     data: str | tuple[str, ...] | None = None,
     *,
     split: str = "validation",
-    tokenizer: WordTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     config: RunConfig | None = None,
     precision: str = "fp32",
 ) -> Metrics:

@@ -234,6 +234,8 @@ class Trainer:
             "val_ppl": scores.perplexity,
             "val_accuracy": scores.accuracy,
             "val_ppl_known": scores.perplexity_known,
+            "val_bits_per_byte": scores.bits_per_byte,  # None for a tokenizer that loses text, as the next
+            "val_word_ppl": scores.word_perplexity,
             "lr": rate,
             "clip": clip,
             "train_seconds": round(state.train_seconds, 3),

@@ -23,7 +23,6 @@ from newllm_lib.config import PAD, ModelConfig, RunConfig, TrainConfig
 from newllm_lib.files import write_text_atomic
 from newllm_lib.hardware import (
     Machine,
-    Precision,
     choose_precision,
     cpu_threads,
     detect,
@@ -117,34 +116,38 @@ def batches(data: str, cases: list[Case], machine: Machine) -> dict[tuple[int, i
 def measure(
     cases: list[Case], data: str, rounds: int = 5, report: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """A row for each case: the median step of `rounds`, taken in turn (A B C, A B C, ...), after one to warm up."""
+    """A row for each case: the median step of `rounds`, taken in turn (A B C, A B C, ...), after one to warm up.
+
+    The products of each case are timed right after its step, so that both see the machine in the same mood.
+    """
     machine = detect()
     rows = batches(data, cases, machine)
     with cpu_threads(machine.threads):
         steps = [subject_step(case, rows[case.batch, case.length], machine) for case in cases]
-        times: list[list[float]] = [[] for _ in cases]
+        products = [case_products(case, machine) for case in cases]
+        times: list[list[tuple[float, float]]] = [[] for _ in cases]
         for turn in range(rounds + 1):
-            for number, step in enumerate(steps):
-                seconds = timed(step, machine)
+            for number, (step, product) in enumerate(zip(steps, products, strict=True)):
+                taken = (timed(step, machine), timed(product, machine))
                 if turn:
-                    times[number].append(seconds)
+                    times[number].append(taken)
             report(f"round {turn} of {rounds}" + (" (warm-up)" if not turn else ""))
-        rates = {
-            case: product_rate(case, choose_precision(case.precision, machine), machine)
-            for case in dict.fromkeys(cases)
-        }
-    return [
-        describe(case, rows[case.batch, case.length], taken, rates[case])
-        for case, taken in zip(cases, times, strict=True)
-    ]
+    return [describe(case, rows[case.batch, case.length], taken) for case, taken in zip(cases, times, strict=True)]
 
 
-def describe(case: Case, ids: Tensor, seconds: list[float], rate: float) -> dict[str, Any]:
-    """What a case gave, in slots and tokens a second and as a share of the product rate."""
+def describe(case: Case, ids: Tensor, taken: list[tuple[float, float]]) -> dict[str, Any]:
+    """What a case gave, in slots and tokens a second and as a share of the product rate (the median of the ratios).
+
+    taken: seconds of a step and of `case_products`, round by round.
+    """
+    seconds = [step for step, _ in taken]
     median = statistics.median(seconds)
+    product_flops = 3 * 2 * case.batch * (case.length - 1) * case.hidden_dim**2
     slots, tokens = ids[:, 1:].numel(), int((ids[:, 1:] != PAD).sum())
     flops = 6 * matrix_parameters(case.model) * tokens
-    share = None if case.subject == "lstm" else flops / median / rate
+    share = None
+    if case.subject != "lstm":
+        share = statistics.median(flops / step / (product_flops / product) for step, product in taken)
     return {
         "subject": case.subject,
         "batch": case.batch,
@@ -158,7 +161,7 @@ def describe(case: Case, ids: Tensor, seconds: list[float], rate: float) -> dict
         "seconds_most": max(seconds),
         "slots_per_second": slots / median,
         "tokens_per_second": tokens / median,
-        "product_rate": rate,
+        "product_rate": product_flops / statistics.median(product for _, product in taken),
         "product_share": share,
     }
 
@@ -169,11 +172,13 @@ def matrix_parameters(config: ModelConfig) -> int:
     return h * c + (config.num_layers - 1) * h * h + 3 * c * h + config.vocab_size * h
 
 
-def product_rate(case: Case, precision: Precision, machine: Machine, seconds: float = 0.4) -> float:
-    """FLOP a second of the hidden layer's three products at this batch: forward, backward, and the weight's gradient.
+def case_products(case: Case, machine: Machine) -> Callable[[], None]:
+    """The hidden layer's three products at this batch: forward, backward, and the weight's gradient.
 
-    The first two are (batch x H x H), in the layout that the engine uses; the third is one product over all tokens.
+    The first two are (batch x H x H) at every step, in the layout that the engine uses; the third is one product over
+    all slots.
     """
+    precision = choose_precision(case.precision, machine)
     h, steps = case.hidden_dim, case.length - 1
     kind = {"dtype": precision.dtype, "device": machine.device}
     weight, x = torch.randn(h, h, **kind), torch.randn(case.batch, h, **kind)
@@ -185,11 +190,7 @@ def product_rate(case: Case, precision: Precision, machine: Machine, seconds: fl
             product(x)
         long.t() @ long
 
-    once()
-    taken = []
-    while sum(taken) < seconds or len(taken) < 3:
-        taken.append(timed(once, machine))
-    return 3 * 2 * case.batch * steps * h * h / statistics.median(taken)
+    return once
 
 
 # --- memory: each case in a process of its own, since a process's peak never falls -------------------------------

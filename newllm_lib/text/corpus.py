@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -107,11 +108,19 @@ def _split_of(path: Path) -> str | None:
 
 
 def _from_files(paths: list[Path], config: DataConfig) -> Corpus:
-    """Each file's last texts become test, those before them validation, the rest train: stable, and no overlap."""
+    """Each file's last texts become test, those before them validation, the rest train: stable, and no overlap.
+
+    Where a text is a whole file, the same goes for the files in their order.
+    """
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    texts: dict[Path, list[str]] = {}
     for path in paths:
-        texts = read_texts(path, config.text_unit)
-        parts = split_texts(texts, config.validation_fraction, config.test_fraction)
+        texts[path] = read_texts(path, config.text_unit)
+    groups = list(texts.values())
+    if config.text_unit == "file":
+        groups = [list(itertools.chain.from_iterable(groups))]
+    for group in groups:
+        parts = split_texts(group, config.validation_fraction, config.test_fraction)
         for split, part in zip(SPLITS, parts, strict=True):
             splits[split].extend(part)
     for split in SPLITS:
@@ -137,7 +146,7 @@ def split_texts(
 
 
 def read_texts(path: Path, unit: str) -> list[str]:
-    """The non-blank texts of a UTF-8 file, one a line or one a paragraph."""
+    """The non-blank texts of a UTF-8 file: its lines, its paragraphs, or all of it."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -160,7 +169,9 @@ def read_texts(path: Path, unit: str) -> list[str]:
 
 
 def split_units(text: str, unit: str) -> list[str]:
-    """Lines, or paragraphs with their lines joined; blank ones left out. Only line ends separate, no other control."""
+    """Lines, paragraphs with their lines joined, or all of a file; blank ones left out. Only line ends separate."""
+    if unit == "file":
+        return [text] if text.strip() else []
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if unit == "line":
         return [line for line in text.split("\n") if line.strip()]

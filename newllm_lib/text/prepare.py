@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from newllm_lib.config import UNK, RunConfig
 from newllm_lib.files import write_atomic
 from newllm_lib.text.corpus import Corpus, load_corpus
 from newllm_lib.text.sequences import EncodedTexts, stream, target_lengths, windows
-from newllm_lib.text.tokenizer import WordTokenizer, tokenizer_from_dict
+from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict, train_tokenizer
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it when the tokenizer or the layout of a cache file changes."""
 
 
@@ -28,6 +30,10 @@ class Split:
 
     ids: np.ndarray
     carries_context: bool
+    token_bytes: np.ndarray | None = None
+    """(V,) int64: UTF-8 bytes of each id; None where the tokenizer loses text."""
+    bytes_per_word: float = math.nan
+    """Of the texts, white space between words included."""
 
     @property
     def digest(self) -> str:
@@ -56,51 +62,59 @@ class Prepared:
 
     corpus_name: str
     fingerprint: str
-    tokenizer: WordTokenizer
+    tokenizer: Tokenizer
     texts: dict[str, EncodedTexts]
     config: RunConfig
 
     def split(self, name: str, lanes: int | None = None) -> Split:
         """The arrays of a split; `lanes` is the batch of a stream (None = that of the evaluation)."""
-        data = self.config.data
+        data, measures = self.config.data, self._measures(name)
         if name not in self.texts:
             raise ValueError(f"split {name!r}: the data {self.corpus_name} has {', '.join(self.texts)}")
         if data.layout == "stream":
-            return Split(stream(self.texts[name], data.sequence_length, lanes or data.eval_lanes), True)
+            return Split(stream(self.texts[name], data.sequence_length, lanes or data.eval_lanes), True, *measures)
         ids = windows(self.texts[name], data.sequence_length, data.stride, data.min_words)
         if not len(ids):
             raise ValueError(
                 f"data {self.corpus_name}: no text of the {name} split has {data.min_words} words or more "
                 "(DataConfig.min_words)"
             )
-        return Split(ids, False)
+        return Split(ids, False, *measures)
+
+    def _measures(self, name: str) -> tuple[np.ndarray | None, float]:
+        """What bits per byte and word-level perplexity need, for a tokenizer that loses nothing."""
+        if self.tokenizer.token_bytes is None or name not in self.texts:
+            return None, math.nan
+        token_bytes, texts = np.array(self.tokenizer.token_bytes), self.texts[name]
+        return token_bytes, float(token_bytes[texts.ids].sum() / max(1, texts.num_words))
 
 
-def prepare(config: RunConfig, tokenizer: WordTokenizer | None = None) -> Prepared:
+def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Prepared:
     """Read and tokenise the data of a run; with a tokenizer given, only encode with it.
 
-    The model's vocabulary shrinks to the words that the training text has, if those are fewer.
+    The model's vocabulary shrinks to the tokens that the training text has, if those are fewer.
     """
     corpus = load_corpus(config.data)
-    tokenizer, texts = _encode_cached(corpus, config.model.vocab_size, tokenizer)
+    tokenizer, texts = _encode_cached(corpus, config, tokenizer)
     if tokenizer.vocab_size < config.model.vocab_size:
         config = config.replace(vocab_size=tokenizer.vocab_size)
     return Prepared(corpus.name, corpus.fingerprint, tokenizer, texts, config)
 
 
 def _encode_cached(
-    corpus: Corpus, vocab_size: int, tokenizer: WordTokenizer | None
-) -> tuple[WordTokenizer, dict[str, EncodedTexts]]:
-    wanted = tokenizer.to_dict() if tokenizer else vocab_size
-    key = json.dumps([CACHE_VERSION, corpus.fingerprint, WordTokenizer.kind, wanted])
+    corpus: Corpus, config: RunConfig, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, dict[str, EncodedTexts]]:
+    data, vocab_size = config.data, config.model.vocab_size
+    wanted = tokenizer.to_dict() if tokenizer else [data.tokenizer, data.sentencepiece_model, vocab_size]
+    key = json.dumps([CACHE_VERSION, corpus.fingerprint, wanted])
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     try:
         return _read_cache(path)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        tokenizer = tokenizer or WordTokenizer.train(corpus.splits["train"], vocab_size)
+        tokenizer = tokenizer or train_tokenizer(data, corpus.splits["train"], vocab_size)
     texts = {
-        split: EncodedTexts.from_lists([tokenizer.encode(text) for text in corpus.splits[split]])
-        for split in corpus.splits
+        split: EncodedTexts.from_lists([tokenizer.encode(text) for text in found], sum(len(t.split()) for t in found))
+        for split, found in corpus.splits.items()
     }
     _write_cache(path, tokenizer, texts)
     return tokenizer, texts
@@ -112,14 +126,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("NEWLLM_CACHE") or Path(base) / "newllm_lib")
 
 
-def _read_cache(path: Path) -> tuple[WordTokenizer, dict[str, EncodedTexts]]:
+def _read_cache(path: Path) -> tuple[Tokenizer, dict[str, EncodedTexts]]:
     with np.load(path, allow_pickle=False) as stored:
         tokenizer = tokenizer_from_dict(json.loads(stored["tokenizer"].tobytes()))
         names = json.loads(stored["splits"].tobytes())
-        return tokenizer, {name: EncodedTexts(stored[f"{name}_ids"], stored[f"{name}_offsets"]) for name in names}
+        return tokenizer, {name: _stored(stored, name) for name in names}
 
 
-def _write_cache(path: Path, tokenizer: WordTokenizer, texts: dict[str, EncodedTexts]) -> None:
+def _stored(arrays: Mapping[str, np.ndarray], name: str) -> EncodedTexts:
+    return EncodedTexts(arrays[f"{name}_ids"], arrays[f"{name}_offsets"], int(arrays[f"{name}_words"]))
+
+
+def _write_cache(path: Path, tokenizer: Tokenizer, texts: dict[str, EncodedTexts]) -> None:
     """Best effort: a full or read-only disk costs time at the next start, not this run."""
     arrays = {
         "tokenizer": np.frombuffer(json.dumps(tokenizer.to_dict()).encode(), dtype=np.uint8),
@@ -127,6 +145,7 @@ def _write_cache(path: Path, tokenizer: WordTokenizer, texts: dict[str, EncodedT
     }
     for name, encoded in texts.items():
         arrays[f"{name}_ids"], arrays[f"{name}_offsets"] = encoded.ids, encoded.offsets
+        arrays[f"{name}_words"] = np.array(encoded.num_words)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: np.savez(file, **arrays))

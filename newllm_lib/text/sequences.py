@@ -16,14 +16,15 @@ class EncodedTexts:
 
     ids: np.ndarray  # (N,) int32
     offsets: np.ndarray  # (number of texts + 1,) int64
+    num_words: int  # of the texts themselves, between white space
 
     @classmethod
-    def from_lists(cls, texts: Sequence[Sequence[int]]) -> EncodedTexts:
+    def from_lists(cls, texts: Sequence[Sequence[int]], num_words: int = 0) -> EncodedTexts:
         """Pack lists of ids."""
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(text) for text in texts], out=offsets[1:])
         ids = np.fromiter((index for text in texts for index in text), dtype=np.int32, count=int(offsets[-1]))
-        return cls(ids, offsets)
+        return cls(ids, offsets, num_words)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

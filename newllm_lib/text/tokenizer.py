@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from newllm_lib.config import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
+from newllm_lib.config import BOS, EOS, PAD, SPECIAL_TOKENS, UNK, DataConfig
 
 
 class Tokenizer(Protocol):
@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and checkpoints."""
 
+    @property
+    def token_bytes(self) -> list[int] | None:
+        """UTF-8 bytes of text that each id stands for; None where the text cannot be had back."""
+
 
 class _Table(dict):
     """Word to id; a word that is not there is the unknown one."""
@@ -43,6 +47,7 @@ class WordTokenizer:
     """
 
     kind = "words"
+    token_bytes = None
 
     def __init__(self, words: Sequence[str]):
         self.words = (*SPECIAL_TOKENS, *words)
@@ -94,8 +99,22 @@ class WordTokenizer:
         return hash(self.words)
 
 
-def tokenizer_from_dict(values: dict[str, Any]) -> WordTokenizer:
+def train_tokenizer(config: DataConfig, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer that `config` names, trained on the texts; ValueError when they or vocab_size do not suffice."""
+    if config.tokenizer == WordTokenizer.kind:
+        return WordTokenizer.train(texts, vocab_size)
+    from newllm_lib.text.subwords import SentencePieceTokenizer  # a library that word runs need not load
+
+    return SentencePieceTokenizer.train(texts, vocab_size, config.sentencepiece_model)
+
+
+def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_dict` wrote; ValueError for a kind that this version does not know."""
-    if values.get("kind") != WordTokenizer.kind:
-        raise ValueError(f"tokenizer kind {values.get('kind')!r}: this version knows {WordTokenizer.kind!r}")
-    return WordTokenizer.from_dict(values)
+    kind = values.get("kind")
+    if kind == WordTokenizer.kind:
+        return WordTokenizer.from_dict(values)
+    if kind != "sentencepiece":
+        raise ValueError(f"tokenizer kind {kind!r}: this version knows {WordTokenizer.kind!r} and 'sentencepiece'")
+    from newllm_lib.text.subwords import SentencePieceTokenizer
+
+    return SentencePieceTokenizer.from_dict(values)
