@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from newllm_lib import cli, report
+from newllm_lib.cli import training
 from newllm_lib.config import RunConfig
 from newllm_lib.runs import Run
 
@@ -55,7 +56,7 @@ def test_losses_that_are_not_finite_are_told_and_never_the_best(tmp_path, capsys
     run = Run(tmp_path)
     assert repr(run) == f"Run('{tmp_path}', finished" + (", PPL 20.10)" if best is GOOD else ")")
     assert len(run.history) == len(history)
-    cli._print_run(run, as_json=False)
+    training._print_run(run, as_json=False)
     printed = capsys.readouterr().out
     assert ("best validation perplexity 20.10 at step 4" in printed) == (best is GOOD)
     assert ("best validation perplexity inf at step 3" in printed) == (best is OVERFLOWN)

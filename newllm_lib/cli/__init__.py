@@ -1,0 +1,45 @@
+"""The command `newllm`.
+
+Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 failed or interrupted,
+2 wrong usage. NEWLLM_DEBUG=1 shows the traceback behind a message.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from newllm_lib.cli import study, training, using
+
+
+class Messages(click.Group):
+    """Expected failures become one message and exit status 1; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        from newllm_lib.step import TrainingError
+
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, TrainingError) as error:
+            if os.environ.get("NEWLLM_DEBUG"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Messages, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118})
+@click.version_option(package_name="newllm_lib", prog_name="newllm")
+def main() -> None:
+    """Train, study and share New-LLM, a language model with a fixed-size context instead of attention."""
+
+
+for _command in (
+    training.train,
+    training.list_presets,
+    using.evaluate,
+    using.generate,
+    study.bench,
+):
+    main.add_command(_command)
