@@ -59,6 +59,7 @@ class Recorder:
             "validation": {
                 "tokens": setup.validation_split.num_tokens,
                 "unknown_share": setup.validation_split.unknown_share,
+                "digest": setup.validation_split.digest,
             },
             "peak_memory_meaning": (
                 "of tensors on the GPU" if setup.machine.kind == "cuda" else "resident memory of the process"
