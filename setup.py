@@ -24,7 +24,10 @@ setup(
         "huggingface_hub>=1.0",
         "click>=8.1",
         "sentencepiece>=0.2",
+        "ipywidgets>=7.7",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9"]},
+    extras_require={
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6.17"],
+    },
     entry_points={"console_scripts": ["newllm = newllm_lib.cli:main"]},
 )

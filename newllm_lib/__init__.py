@@ -28,6 +28,11 @@ _HOMES = {
     "plan": "runs",
     "load": "runs",
     "evaluate": "runs",
+    "load_model": "runs",
+    "lr_find": "study.lr_range",
+    "export": "sharing",
+    "bundle": "sharing",
+    "open_bundle": "sharing",
 }
 _MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware")
 

@@ -28,6 +28,7 @@ from newllm_lib.files import write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
 from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
 
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 """Version of the payload; a reader refuses newer ones and reads all older ones."""
 
@@ -236,20 +237,28 @@ def restore_generators(states: dict[str, Any]) -> None:
 # --- the folder one downloads -----------------------------------------------------------------------------------
 
 
-def export_model(folder: Path, model: NewLLM, tokenizer: Tokenizer) -> None:
-    """Write model.safetensors, config.json and tokenizer.json, each whole: what `NewLLM.from_pretrained` reads."""
+def export_model(folder: Path, model: NewLLM, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
+    """Write model.safetensors, config.json and tokenizer.json, each whole: what `NewLLM.from_pretrained` reads.
+
+    dtype: the type of the stored weights (None = their own); readers bring them back to FP32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
     write_text_atomic(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
-    write_text_atomic(folder / "tokenizer.json", json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
+    write_text_atomic(folder / TOKENIZER_FILE, tokenizer_text(tokenizer))
+
+
+def tokenizer_text(tokenizer: Tokenizer) -> str:
+    """What tokenizer.json holds."""
+    return json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n"
 
 
 def load_exported(folder: Path) -> tuple[NewLLM, Tokenizer]:
     """Model and tokenizer of a folder that `export_model` wrote; CheckpointError names what is wrong with it."""
     try:
         config = build(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        tokenizer = tokenizer_from_dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        tokenizer = tokenizer_from_dict(json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8")))
         tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a model folder that can be read ({error})") from error

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils import skip_init
 
 from newllm_lib.config import ModelConfig
+from newllm_lib.files import write_text_atomic
 from newllm_lib.recurrence import ENGINES, Dropout, Weights
 
 
@@ -29,6 +31,8 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         if isinstance(config, dict):
             config = ModelConfig(**config)
         self.config = config
+        self.card = ""  # the model card, Markdown with the hub's metadata; "" = a plain one
+        self.companions: dict[str, str] = {}  # texts that save_pretrained writes beside the weights, by file name
         layer = functools.partial(skip_init, nn.Linear)  # initialise() draws every value, so nn.Linear need not
         self.embedding = skip_init(nn.Embedding, config.vocab_size, config.embed_dim)
         self.from_token = layer(config.embed_dim, config.hidden_dim)
@@ -38,6 +42,16 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         self.context_norm = nn.LayerNorm(config.context_dim)
         self.output = layer(config.hidden_dim, config.vocab_size)
         self.initialise()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """The weights, and the tokenizer where it is known; called by `save_pretrained` and `push_to_hub`."""
+        super()._save_pretrained(save_directory)
+        for name, text in self.companions.items():
+            write_text_atomic(save_directory / name, text)
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card that was written from the run's report, where there is one."""
+        return ModelCard(self.card) if self.card else super().generate_model_card(*args, **kwargs)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

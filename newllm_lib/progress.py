@@ -43,7 +43,8 @@ class TerminalProgress(Progress):
     """A bar where there is a terminal, a line every ten seconds where there is none (a log file, CI)."""
 
     def __init__(self, stream: TextIO | None = None, line_seconds: float = 10.0):
-        self._stream = stream or sys.stderr
+        in_notebook = "ipykernel" in sys.modules  # where standard error is shown as if something had failed
+        self._stream = stream or (sys.stdout if in_notebook else sys.stderr)
         self._line_seconds = line_seconds
         self._bar: tqdm | None = None
         self._started: tuple[float, int] | None = None

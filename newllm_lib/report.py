@@ -178,32 +178,33 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
     """report.md: what was run, what came out, against what was published, every validation, samples."""
     parts = [
         f"# {record['run']}",
-        _summary(record),
+        summary_text(record),
         "![curves](curves.png)" if best_row(history) else "No curves: no validation gave a finite loss.",
         "## Set-up",
         _table(("", ""), [(name, text) for name, text in record["plan"] if name != "run"]),
         _provenance(record),
         "## Result",
-        _result(record),
+        result_text(record),
         "## Time to the published perplexities",
         milestones_text(record, history),
         "## Every validation",
         _history_table(record, history),
         "## Samples",
         "After the first words (bold) of long validation texts; temperature 0.8, `<UNK>` left out.",
-        "\n\n".join(_quoted(sample) for sample in record["samples"]) or "None: the run has no trained weights yet.",
+        "\n\n".join(quoted(sample) for sample in record["samples"]) or "None: the run has no trained weights yet.",
         "",
     ]
     write_text_atomic(folder / "report.md", "\n\n".join(parts))
 
 
-def _quoted(sample: str) -> str:
+def quoted(sample: str) -> str:
     """A sample as a quotation, its line ends and indents kept."""
     lines = sample.replace("<", "\\<").split("\n")
     return "  \n".join("> " + "\u00a0" * (len(line) - len(line.lstrip(" "))) + line.lstrip(" ") for line in lines)
 
 
-def _summary(record: dict[str, Any]) -> str:
+def summary_text(record: dict[str, Any]) -> str:
+    """The outcome in two sentences."""
     best = record["best"]
     if best is None:
         return f"Status: {record['status']}. No validation yet."
@@ -231,7 +232,8 @@ def _provenance(record: dict[str, Any]) -> str:
     )
 
 
-def _result(record: dict[str, Any]) -> str:
+def result_text(record: dict[str, Any]) -> str:
+    """The best validation as a table."""
     best = record["best"]
     if best is None:
         return "None yet."

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from newllm_lib import presets, report
-from newllm_lib.checkpoint import CheckpointError, Checkpoints, load_checkpoint, load_exported, load_weights
+from newllm_lib.card import model_card
+from newllm_lib.checkpoint import (
+    TOKENIZER_FILE,
+    CheckpointError,
+    Checkpoints,
+    load_checkpoint,
+    load_exported,
+    load_weights,
+    tokenizer_text,
+)
 from newllm_lib.config import RunConfig
 from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import Metrics, evaluate_split
@@ -212,8 +221,18 @@ def load(folder: str | Path) -> Run:
 def load_model(place: str | Path) -> Loaded:
     """The best model of a run's folder, or that of a model/ folder or of a checkpoint file, in evaluation mode.
 
+    Its `save_pretrained` and `push_to_hub` take the tokenizer and a card written from the run's report along.
     FileNotFoundError where there is nothing, CheckpointError where it cannot be read.
     """
+    loaded = _load_model(place)
+    loaded.model.companions = {TOKENIZER_FILE: tokenizer_text(loaded.tokenizer)}
+    record = report.read_record(Path(place)) if (Path(place) / "run.json").is_file() else None
+    kept = Path(place) / "README.md"
+    loaded.model.card = kept.read_text("utf-8") if kept.is_file() else model_card(record, loaded.model.config)
+    return loaded
+
+
+def _load_model(place: str | Path) -> Loaded:
     path = Path(place)
     if path.is_file():
         return _from_checkpoint(path)

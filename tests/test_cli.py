@@ -116,8 +116,32 @@ def test_generate_writes_text(newllm, trained):
         first.stdout
         == newllm("generate", "results/small/model", "--prompt", "w1 w2", "--seed", 4, "--tokens", 9).stdout
     )
-    several = newllm("generate", "results/small", "--samples", 3, "--seed", 1, "--json")
-    assert len(json.loads(several.stdout)) == 3
+    several = json.loads(newllm("generate", "results/small", "--samples", 3, "--seed", 1, "--json").stdout)
+    assert len({text["text"] for text in several}) == 3
+    assert all(len(text["tokens"]) == len(text["log_probs"]) for text in several)
+
+
+def test_generate_reads_prompts_from_a_file_and_stops_where_told(newllm, trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("w1 w2\nw3\n")
+    many = newllm("generate", "results/small", "--prompts", tmp_path / "prompts.txt", "--prompt", "w4", "--json")
+    assert [text["prompt"] for text in json.loads(many.stdout)] == ["w4", "w1 w2", "w3"]
+    stopped = newllm("generate", "results/small", "--prompt", "w1", "--stop", " ", "--json")
+    assert json.loads(stopped.stdout)[0] == {
+        "prompt": "w1", "text": "", "tokens": json.loads(stopped.stdout)[0]["tokens"],
+        "log_probs": json.loads(stopped.stdout)[0]["log_probs"], "ended_by": "stop",
+    }  # fmt: skip
+
+
+def test_interactive_carries_the_text_on(newllm, trained):
+    arguments = ["generate", "results/small", "--interactive", "--temperature", "0", "--tokens", "4"]
+    result = CliRunner().invoke(main, arguments, input="w1 w2\n\n/new\nw1 w2\n")
+    assert result.exit_code == 0, result.output
+    first, second, third = result.stdout.rstrip("\n").split("\n")
+    assert (first, len(first.split()), len(second.split())) == (third, 4, 4)
+    whole = newllm("generate", "results/small", "--prompt", "w1 w2", "--temperature", 0, "--tokens", 8)
+    assert "w1 w2" + first + second == whole.stdout.rstrip("\n")
+    refused = newllm("generate", "results/small", "--interactive", "--json")
+    assert refused.exit_code == USAGE
 
 
 def test_a_model_folder_alone_writes_text_and_needs_data_to_be_scored(newllm, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from newllm_lib.cli import study, training, using
+from newllm_lib.cli import sharing, study, training, using
 
 
 class Messages(click.Group):
@@ -40,6 +40,11 @@ for _command in (
     training.list_presets,
     using.evaluate,
     using.generate,
+    sharing.export,
+    sharing.bundle,
+    sharing.open_,
+    study.probe,
+    study.lr_find,
     study.bench,
 ):
     main.add_command(_command)

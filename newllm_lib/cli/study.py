@@ -1,11 +1,69 @@
-"""newllm bench: instruments."""
+"""newllm probe, newllm lr-find, newllm bench: instruments."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
+
+from newllm_lib.cli.fields import Sectioned, field_options, overrides_of
+from newllm_lib.cli.training import config_of
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1.")
+@click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads (default: all cores).")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def probe(device: str, threads: int | None, as_json: bool) -> None:
+    """Show this machine: memory, the precision and engine that `auto` takes and why, and its product rates."""
+    from newllm_lib import probe as room
+
+    found = room.probe(device, threads)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo("\n".join(f"{name:>10}  {text}" for name, text in room.probe_lines(found)))
+
+
+@click.command("lr-find", cls=Sectioned)
+@click.argument("preset", default="auto")
+@click.option("--from", "run", default=None, help="Start from the weights of this run instead of new ones.")
+@click.option("--low", default=1e-5, show_default=True, help="First rate.")
+@click.option("--high", default=1.0, show_default=True, help="Last rate.")
+@click.option("--steps", default=100, show_default=True, help="Steps from the first rate to the last.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results/lr_find"), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print rates, losses and the suggestion as JSON.")
+@field_options
+def lr_find(
+    preset: str, run: str | None, low: float, high: float, steps: int, out: Path, as_json: bool, **options: Any
+) -> None:
+    """Learning-rate range test of PRESET: the loss while the rate rises, and the rate it suggests.
+
+    Trains a throw-away copy; no run is touched. Options as for `newllm train`.
+    """
+    from newllm_lib import runs
+    from newllm_lib.study.lr_range import lr_find as test
+
+    config = config_of(preset, overrides_of(options))
+    model = runs.load_model(run).model if run else None
+
+    def report(step: int, rate: float, loss: float) -> None:
+        if step % 10 == 0 or step == 1:
+            click.echo(f"step {step} of {steps}: rate {rate:.2e}, loss {loss:.3f}", err=True)
+
+    found = test(config, model=model, low=low, high=high, steps=steps, report=report)
+    found.write(out)
+    if as_json:
+        fields = ("rates", "losses", "smoothed", "suggestion", "reason")
+        click.echo(json.dumps({name: getattr(found, name) for name in fields}, indent=2))
+    else:
+        click.echo(f"suggested rate: {found.suggestion:.2g}" if found.suggestion else "no suggestion")
+        click.echo(f"  {found.reason}")
+        if found.suggestion:
+            click.echo(f"  to use it: newllm train {preset} --lr {found.suggestion:.2g} (with your other options)")
+    click.echo(f"left in {out}/: lr_find.png, lr_find.csv", err=True)
 
 
 @click.command()

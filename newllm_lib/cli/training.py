@@ -25,7 +25,7 @@ def train(preset: str, plan_only: bool, fresh: bool, as_json: bool, **options: A
     """
     from newllm_lib import runs
 
-    config = runs_config(preset, overrides_of(options))
+    config = config_of(preset, overrides_of(options))
     if plan_only:
         _, lines = runs.plan(config)
         if as_json:
@@ -39,7 +39,7 @@ def train(preset: str, plan_only: bool, fresh: bool, as_json: bool, **options: A
         sys.exit(1)
 
 
-def runs_config(preset: str, overrides: dict[str, Any]):
+def config_of(preset: str, overrides: dict[str, Any]):
     """The configuration of a preset with overrides; a mistake in either is wrong usage (exit status 2)."""
     try:
         return presets.get(preset).replace(**overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
@@ -32,34 +33,98 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
         click.echo(json.dumps(metrics.to_dict(), indent=2))
         return
     click.echo(f"{run}, {split} split: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
-    click.echo(f"  perplexity   {metrics.perplexity:10.3f}   over known words {metrics.perplexity_known:10.3f}")
-    click.echo(f"  loss         {metrics.loss:10.4f}   over known words {metrics.loss_known:10.4f}  (nats a token)")
-    click.echo(f"  accuracy     {metrics.accuracy:10.2%}   over known words {metrics.accuracy_known:10.2%}")
+    known = ("", "", "")
+    if metrics.bits_per_byte is None:
+        values = (f"{metrics.perplexity_known:10.3f}", f"{metrics.loss_known:10.4f}", f"{metrics.accuracy_known:10.2%}")
+        known = tuple(f"   over known words {value}" for value in values)
+    click.echo(f"  perplexity   {metrics.perplexity:10.3f}{known[0]}")
+    click.echo(f"  loss         {metrics.loss:10.4f}{known[1]}  (nats a token)")
+    click.echo(f"  accuracy     {metrics.accuracy:10.2%}{known[2]}")
+    if metrics.bits_per_byte is not None:
+        click.echo(
+            f"  bits a byte  {metrics.bits_per_byte:10.4f}   word-level perplexity {metrics.word_perplexity:.1f}"
+        )
 
 
 @click.command()
 @click.argument("run")
-@click.option("--prompt", default="", help="Text to go on from (empty: the start of a text).")
+@click.option("--prompt", "prompts", multiple=True, help="Text to go on from; repeat for several (none: a new text).")
+@click.option("--prompts", "file", type=click.File(encoding="utf-8"), help="File with a prompt a line (- = stdin).")
 @click.option("--tokens", "max_new_tokens", default=60, show_default=True, help="Most new tokens.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=0, show_default=True, help="Draw from this many of the likeliest tokens (0 = all).")
 @click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest that reach this probability.")
 @click.option("--allow-unknown", is_flag=True, help=f"Let {SPECIAL_TOKENS[1]} be drawn too.")
+@click.option("--stop", multiple=True, help="End a text before this text; repeat for several.")
 @click.option("--seed", type=int, default=None, help="Seed of the draw; without it, another text each time.")
-@click.option(
-    "--samples", type=click.IntRange(1), default=1, show_default=True, help="How many texts, with consecutive seeds."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the texts as a JSON list.")
-def generate(run: str, prompt: str, samples: int, seed: int | None, as_json: bool, **options: Any) -> None:
-    """Write text with RUN: a run's folder, its model/ folder, or a checkpoint file."""
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts for each prompt.")
+@click.option("--interactive", is_flag=True, help="Prompts from the keyboard, one text with its context carried on.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: prompt, text, tokens, log-probabilities, the end.")
+def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **options: Any) -> None:
+    """Write text with RUN: a run's folder, a model folder, or a checkpoint file."""
     from newllm_lib import runs
-    from newllm_lib.writing import generate_text
+    from newllm_lib.writing import Writer
 
     model, tokenizer, *_ = runs.load_model(run)
-    if UNK in tokenizer.encode(prompt):
+    seed, samples, as_json = options.pop("seed"), options.pop("samples"), options.pop("as_json")
+    if interactive:
+        if prompts or file or as_json or samples > 1:
+            raise click.UsageError("--interactive takes its prompts from the keyboard, one text at a time")
+        _converse(Writer(model, tokenizer), tokenizer, _generator(seed), options)
+        return
+    if file:
+        prompts += tuple(line.rstrip("\n") for line in file)
+    _warn_unknown(tokenizer, prompts)
+    texts = _texts(model, tokenizer, [prompt for prompt in prompts or ("",) for _ in range(samples)], seed, options)
+    if as_json:
+        click.echo(json.dumps([text._asdict() for text in texts], ensure_ascii=False, indent=2))
+    else:
+        click.echo("\n\n".join(text.prompt + text.text for text in texts))
+
+
+_BATCH = 256
+"""Texts written at once: enough for products at full speed."""
+
+
+def _texts(model, tokenizer, prompts: list[str], seed: int | None, options: dict[str, Any]) -> list:
+    from newllm_lib.writing import generate_texts
+
+    texts = []
+    for start in range(0, len(prompts), _BATCH):
+        chosen = None if seed is None else seed + start
+        texts += generate_texts(model, tokenizer, prompts[start : start + _BATCH], chosen, **options)
+    return texts
+
+
+def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
+    """Read a line, write its continuation as it comes, until the end of the input or Ctrl-C at the prompt."""
+    click.echo("a line goes on the text; an empty one lets the model go on; /new begins a text; Ctrl-D ends", err=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            click.echo(err=True)
+            return
+        if line.strip() == "/new":
+            writer.reset()
+            continue
+        _warn_unknown(tokenizer, (line,))
+        try:
+            for piece in writer.write(line, generator=generator, **options):
+                click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            click.echo(" (stopped)", nl=False, err=True)
+        click.echo()
+
+
+def _generator(seed: int | None):
+    import torch
+
+    return None if seed is None else torch.Generator().manual_seed(seed)
+
+
+def _warn_unknown(tokenizer, prompts: tuple[str, ...]) -> None:
+    if any(UNK in tokenizer.encode(prompt) for prompt in prompts):
         click.echo(
             f"warning: words of the prompt are not in the vocabulary and are read as {SPECIAL_TOKENS[UNK]}", err=True
         )
-    seeds = [None if seed is None else seed + number for number in range(samples)]
-    texts = [generate_text(model, tokenizer, prompt, chosen, **options) for chosen in seeds]
-    click.echo(json.dumps(texts, ensure_ascii=False, indent=2) if as_json else "\n\n".join(texts))

@@ -1,0 +1,224 @@
+"""What leaves the machine: a model folder with its card, and a run as one file that can be verified.
+
+A bundle is a zip file: the run's record, history, curves and report, its model/ folder, and MANIFEST.json with the
+sha256 and the size of each. Opening one checks all of it before anything is put in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import stat
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm_lib.card import model_card
+from newllm_lib.checkpoint import Checkpoints, export_model, load_checkpoint, load_exported, sidecar
+from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.model import NewLLM
+from newllm_lib.runs import Run, load_model
+
+MANIFEST = "MANIFEST.json"
+BUNDLE_VERSION = 1
+"""Version of the manifest; a reader refuses newer ones."""
+MAX_BUNDLE_BYTES = 8 << 30
+"""Most that a bundle may unpack to, unless told otherwise."""
+_MAX_FILES = 1000
+_MAX_MANIFEST_BYTES = 1 << 20
+_CHUNK = 1 << 20
+_OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
+"""The date of every member, so that the same run gives the same file."""
+_REQUIRED = ("run.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json")
+_OPTIONAL = ("history.csv", "curves.png", "report.md", "model/README.md")
+
+
+class BundleError(ValueError):
+    """A bundle that is damaged, not a bundle, newer than this library, or dangerous to unpack."""
+
+
+# --- the model folder -------------------------------------------------------------------------------------------
+
+
+def export(what: Run | str | Path, folder: str | Path, *, half: bool = False) -> Path:
+    """Write a model folder: weights (safetensors; FP16 with `half`), configuration, tokenizer and model card.
+
+    what: a run, or the place of one, of a model folder, or of a checkpoint. `NewLLM.from_pretrained(folder)` and
+    every command read the result. ValueError when the folder holds something else, or a weight does not fit FP16.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "model.safetensors").exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: holds other files; name a new or an empty folder, or a model folder to replace")
+    place = what.folder if isinstance(what, Run) else Path(what)
+    loaded = load_model(place)
+    if half:
+        _check_half(loaded.model)
+    export_model(folder, loaded.model, loaded.tokenizer, torch.float16 if half else None)
+    write_text_atomic(folder / "README.md", loaded.model.card or model_card(None, loaded.model.config))
+    return folder
+
+
+def _check_half(model: NewLLM) -> None:
+    most = torch.finfo(torch.float16).max
+    for name, tensor in model.state_dict().items():
+        largest = float(tensor.abs().max())
+        if not largest <= most:
+            raise ValueError(f"{name} holds {largest:g}: FP16 ends at {most:g}; export without --half")
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------
+
+
+def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: bool = False) -> Path:
+    """Write a run as one zip file (default: beside its folder) and return its path.
+
+    With `checkpoint` the newest training state goes along, so that the run can be continued elsewhere. The file is
+    replaced whole. FileNotFoundError or ValueError when the run has no trained weights yet.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    out = Path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
+    missing = [name for name in _REQUIRED if not (run.folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{run.folder}: has no {missing[0]} yet; a bundle needs a run with a validation behind it")
+    load_exported(run.folder / "model")  # what cannot be read is not sent
+    files = {name: run.folder / name for name in (*_REQUIRED, *_OPTIONAL) if (run.folder / name).is_file()}
+    if checkpoint:
+        files |= _newest_checkpoint(run)
+    card = model_card(run.record, run.config.model).encode()
+    contents = {name: path.stat().st_size for name, path in files.items()}
+    manifest: dict[str, Any] = {"format_version": BUNDLE_VERSION, "run": run.folder.name, "files": {}}
+
+    def write(file) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in contents:
+                manifest["files"][name] = _add(archive, name, files[name].read_bytes())
+            if "model/README.md" not in contents:
+                manifest["files"]["model/README.md"] = _add(archive, "model/README.md", card)
+            _add(archive, MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, write)
+    return out
+
+
+def _newest_checkpoint(run: Run) -> dict[str, Path]:
+    checkpoints = Checkpoints(run.folder / "checkpoints", run.record["run"])
+    newest = next(iter(checkpoints.files()), None)
+    if newest is None:
+        raise ValueError(f"{run.folder}: has no checkpoint to take along")
+    load_checkpoint(newest, lambda text: None)  # verified, so that a damaged one is not sent
+    return {f"checkpoints/{path.name}": path for path in (newest, sidecar(newest)) if path.is_file()}
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> dict[str, Any]:
+    """Put a member into an archive; its entry of the manifest."""
+    member = zipfile.ZipInfo(name, _OLDEST_DATE)
+    member.compress_type = zipfile.ZIP_DEFLATED
+    member.external_attr = (stat.S_IFREG | 0o644) << 16
+    archive.writestr(member, data)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def open_bundle(
+    path: str | Path, results_dir: str | Path = "results", name: str | None = None, *, max_bytes: int = MAX_BUNDLE_BYTES
+) -> Run:
+    """Verify a bundle, unpack it to `results_dir/<its run>` (or `name`), and return the run.
+
+    BundleError names what is wrong with the file; then nothing is left behind. FileExistsError where the folder is
+    there already with other content.
+    """
+    path, results = Path(path), Path(results_dir)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest = _manifest(archive, path, max_bytes)
+            folder = results / _folder_name(name or manifest["run"], path)
+            if folder.exists():
+                return _already_there(folder, manifest)
+            results.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".opening-", dir=results) as scratch:
+                unpacked = Path(scratch) / "run"
+                for member, entry in manifest["files"].items():
+                    _extract(archive, member, entry, unpacked / member, path)
+                Run(unpacked)
+                load_exported(unpacked / "model")  # hashes match, so a fault here is the sender's
+                unpacked.rename(folder)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error) as error:
+        raise BundleError(f"{path}: not a readable zip file ({error}): download it again") from error
+    return Run(folder)
+
+
+def _manifest(archive: zipfile.ZipFile, path: Path, max_bytes: int) -> dict[str, Any]:
+    """The manifest, after the names and sizes of all members have been checked against it."""
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    if MANIFEST not in names:
+        raise BundleError(f"{path}: not a bundle of newllm_lib (no {MANIFEST} in it)")
+    if len(names) > _MAX_FILES or len(set(names)) != len(names):
+        raise BundleError(f"{path}: holds {len(names)} members, or one twice: must be at most {_MAX_FILES}, each once")
+    if archive.getinfo(MANIFEST).file_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: {MANIFEST} is larger than {_MAX_MANIFEST_BYTES:,} bytes")
+    try:
+        manifest = json.loads(archive.read(MANIFEST))
+        version, files = int(manifest["format_version"]), manifest["files"]
+        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: {MANIFEST} cannot be read ({error})") from error
+    if version > BUNDLE_VERSION:
+        raise BundleError(f"{path}: bundle version {version}, this library reads up to {BUNDLE_VERSION}; upgrade it")
+    for member in members:
+        _check_member(member, path)
+    if set(names) - {MANIFEST} != set(sizes) or set(hashes) != set(sizes):
+        odd = sorted((set(names) - {MANIFEST}) ^ set(sizes))
+        raise BundleError(f"{path}: members and {MANIFEST} differ: {', '.join(odd[:4])}")
+    if (total := sum(sizes.values())) > max_bytes:
+        raise BundleError(f"{path}: would unpack to {total:,} bytes, allowed are {max_bytes:,}")
+    missing = [name for name in _REQUIRED if name not in sizes]
+    if missing:
+        raise BundleError(f"{path}: not a whole run, {missing[0]} is missing")
+    return manifest
+
+
+def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
+    """Nothing but plain files with plain relative names."""
+    name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
+    plain = bool(re.fullmatch(r"[\w.+ ()-]+(/[\w.+ ()-]+){0,2}", name)) and not {"..", "."} & set(name.split("/"))
+    if not plain or kind not in (0, stat.S_IFREG):
+        raise BundleError(f"{path}: refused: it holds {name!r}, which is not a plain file inside the run's folder")
+
+
+def _folder_name(name: str, path: Path) -> str:
+    if not re.fullmatch(r"[\w+()-][\w.+ ()-]*", str(name)):
+        raise BundleError(f"{path}: refused: {name!r} is no name for a folder; give one with --name")
+    return str(name)
+
+
+def _extract(archive: zipfile.ZipFile, member: str, entry: dict[str, Any], target: Path, path: Path) -> None:
+    """Write one member, never more than its recorded size, and compare its hash."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, left = hashlib.sha256(), int(entry["bytes"])
+    with archive.open(member) as source, open(target, "wb") as file:
+        while chunk := source.read(_CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                raise BundleError(f"{path}: {member} is larger than the {entry['bytes']:,} bytes recorded")
+            digest.update(chunk)
+            file.write(chunk)
+    if left or digest.hexdigest() != entry["sha256"]:
+        raise BundleError(f"{path}: {member} is damaged: its sha256 is not the recorded {entry['sha256'][:16]}…")
+
+
+def _already_there(folder: Path, manifest: dict[str, Any]) -> Run:
+    """The run in `folder` if it is the bundle's; FileExistsError where it is another."""
+    for name, entry in manifest["files"].items():
+        found = folder / name
+        if name == "model/README.md" and not found.is_file():
+            continue  # made for the bundle
+        if not found.is_file() or hashlib.sha256(found.read_bytes()).hexdigest() != entry["sha256"]:
+            raise FileExistsError(f"{folder}: is there already, with another {name}; give another --name")
+    return Run(folder)
