@@ -79,10 +79,19 @@ def read_history(folder: Path):
 
 
 def best_row(history: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row with the lowest validation loss; one that is not finite is never the best."""
-    return min(
-        (row for row in history if math.isfinite(row["val_loss"])), key=lambda row: row["val_loss"], default=None
-    )
+    """The row with the lowest validation loss; one that is not finite, or not known, is never the best."""
+    known = (row for row in history if row["val_loss"] is not None and math.isfinite(row["val_loss"]))
+    return min(known, key=lambda row: row["val_loss"], default=None)
+
+
+def _values(history: list[dict[str, Any]], name: str) -> list[float]:
+    """A column to be drawn; NaN, which leaves a gap, where a row of an imported run does not have it."""
+    return [math.nan if row[name] is None else row[name] for row in history]
+
+
+def _cell(row: dict[str, Any], name: str, form: str) -> str:
+    """A number of a row in a table; empty where a row of an imported run does not have it."""
+    return "" if row[name] is None else f"{row[name]:{form}}"
 
 
 # --- the curves -------------------------------------------------------------------------------------------------
@@ -98,10 +107,11 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, A
     epochs = [row["epoch"] for row in history]
     known = published.RUNS.get(record["preset"]) if record["published_protocol"] else None
     style = {"marker": "o", "markersize": 3.5, "linewidth": 1.8}
-    loss.plot(epochs, [row["train_loss"] for row in history], color=_ORANGE, label="training", **style)
-    loss.plot(epochs, [row["val_loss"] for row in history], color=_BLUE, label="validation", **style)
-    ppl.plot(epochs, [row["val_ppl"] for row in history], color=_BLUE, label="validation", **style)
-    accuracy.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_BLUE, label="validation", **style)
+    loss.plot(epochs, _values(history, "train_loss"), color=_ORANGE, label="training", **style)
+    loss.plot(epochs, _values(history, "val_loss"), color=_BLUE, label="validation", **style)
+    ppl.plot(epochs, _values(history, "val_ppl"), color=_BLUE, label="validation", **style)
+    shares = [100 * share for share in _values(history, "val_accuracy")]
+    accuracy.plot(epochs, shares, color=_BLUE, label="validation", **style)
     if known:
         _plot_published(known, loss, ppl, accuracy)
     best = best_row(history)
@@ -109,9 +119,10 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, A
         return
     star = {"color": _BLUE, "markersize": 13, "linestyle": "none", "label": f"best: {best['val_ppl']:.2f}"}
     ppl.plot([best["epoch"]], [best["val_ppl"]], marker="*", **star)
+    reached = [row["val_ppl"] for row in history if row["val_ppl"] is not None]
     if record["published_protocol"]:
-        _mark_levels(ppl, accuracy, [row["val_ppl"] for row in history])
-    shown = [row["val_ppl"] for row in history] + ([value for _, value in known.curve] if known else [])
+        _mark_levels(ppl, accuracy, reached)
+    shown = reached + ([value for _, value in known.curve] if known else [])
     if max(shown) > 4 * min(shown):
         ppl.set_yscale("log")
         _plain_log_ticks(ppl)
@@ -208,11 +219,13 @@ def summary_text(record: dict[str, Any]) -> str:
     best = record["best"]
     if best is None:
         return f"Status: {record['status']}. No validation yet."
-    text = (
-        f"Best validation perplexity **{best['val_ppl']:.2f}** (accuracy {best['val_accuracy']:.1%}) at step "
-        f"{best['step']:,}, after {best['train_seconds']:,.0f} s of training (validation excluded). "
-        f"Status: {record['status']}."
+    place = (
+        f"after epoch {best['epoch']}"
+        if best["step"] is None
+        else f"(accuracy {best['val_accuracy']:.1%}) at step {best['step']:,}, after {best['train_seconds']:,.0f} s of "
+        "training (validation excluded)"
     )
+    text = f"Best validation perplexity **{best['val_ppl']:.2f}** {place}. Status: {record['status']}."
     if record["faithful"] is not None:
         word = (
             "Faithful" if record["faithful"] else f"**Not faithful** to the published run ({record['faithful_reason']})"
@@ -226,10 +239,9 @@ def _provenance(record: dict[str, Any]) -> str:
     commands = "Command: " + ", then ".join(f"`{text}`" for text in record["commands"])
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     commit = environment["git_commit"] or "unknown (not run from a checkout)"
-    return (
-        f"{commands}\n\nCommit: {commit}. {versions}. Seed {record['config']['train']['seed']}. "
-        f"Data sha256 {record['data']['fingerprint'][:16]}…"
-    )
+    unknown = "seed" in record.get("imported", {}).get("unknown", ())
+    seed = "unknown" if unknown else record["config"]["train"]["seed"]
+    return f"{commands}\n\nCommit: {commit}. {versions}. Seed {seed}. Data sha256 {record['data']['fingerprint'][:16]}…"
 
 
 def result_text(record: dict[str, Any]) -> str:
@@ -237,14 +249,17 @@ def result_text(record: dict[str, Any]) -> str:
     best = record["best"]
     if best is None:
         return "None yet."
+    imported, peak = "imported" in record, best["peak_memory_bytes"]
+    weighting = "as the file has it: means of batches, weighted by rows" if imported else "nats a target"
     rows = [
-        ("perplexity", f"{best['val_ppl']:.3f}", "exp(sum of nll / number of targets)"),
-        ("loss", f"{best['val_loss']:.4f}", "nats a target"),
-        ("accuracy", f"{best['val_accuracy']:.2%}", "likeliest token is the target"),
+        ("perplexity", f"{best['val_ppl']:.3f}", "exp(loss)" if imported else "exp(sum of nll / number of targets)"),
+        ("loss", f"{best['val_loss']:.4f}", weighting),
+        ("accuracy", _cell(best, "val_accuracy", ".2%"), "likeliest token is the target"),
         *(_lossless_rows(best) if _is_lossless(best) else _known_rows(best, record["validation"]["unknown_share"])),
-        ("tokens a second", f"{best['tokens_per_second']:,.0f}", "real targets, since the validation before"),
-        ("peak memory", f"{best['peak_memory_bytes'] / 2**30:.2f} GiB", record["peak_memory_meaning"]),
+        ("tokens a second", _cell(best, "tokens_per_second", ",.0f"), "real targets, since the validation before"),
+        ("peak memory", "" if peak is None else f"{peak / 2**30:.2f} GiB", record["peak_memory_meaning"]),
     ]
+    rows = [row for row in rows if row[1]]
     known = published.RUNS.get(record["preset"])
     if known and known.best_ppl and record["published_protocol"]:
         rows.append(
@@ -271,7 +286,7 @@ def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _known_rows(best: dict[str, Any], unknown: float) -> list[tuple[str, str, str]]:
     return [
-        ("known-word perplexity", f"{best['val_ppl_known']:.2f}", "the same over targets that are not `<UNK>`"),
+        ("known-word perplexity", _cell(best, "val_ppl_known", ".2f"), "the same over targets that are not `<UNK>`"),
         ("unknown share", f"{unknown:.1%}", "targets that are `<UNK>`: what saying it always would score"),
     ]
 
@@ -279,9 +294,13 @@ def _known_rows(best: dict[str, Any], unknown: float) -> list[tuple[str, str, st
 def milestones(history: list[dict[str, Any]]) -> list[tuple[float, str, dict[str, Any] | None]]:
     """Each published perplexity, its run, and the first row of the history that is at or below it."""
     return [
-        (level, title, next((row for row in history if row["val_ppl"] <= level), None))
+        (level, title, next((row for row in history if _reaches(row, level)), None))
         for level, title in published.MILESTONES
     ]
+
+
+def _reaches(row: dict[str, Any], level: float) -> bool:
+    return row["val_ppl"] is not None and row["val_ppl"] <= level
 
 
 def milestones_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
@@ -295,8 +314,7 @@ def milestones_text(record: dict[str, Any], history: list[dict[str, Any]]) -> st
         (
             f"{level:.2f}",
             title,
-            "not reached" if row is None else f"{row['train_seconds']:,.1f} s",
-            "" if row is None else f"{row['step']:,} (PPL {row['val_ppl']:.2f})",
+            *(("not reached", "") if row is None else _when(row)),
         )
         for level, title, row in milestones(history)
     ]
@@ -307,20 +325,29 @@ def milestones_text(record: dict[str, Any], history: list[dict[str, Any]]) -> st
     return _table(("PPL", "published by", "training time here", "step"), rows) + "\n\n" + note
 
 
+def _when(row: dict[str, Any]) -> tuple[str, str]:
+    """Training time and step of a row; an imported run knows the epoch alone."""
+    if row["step"] is None:
+        return "unknown", f"epoch {row['epoch']} (PPL {row['val_ppl']:.2f})"
+    return f"{row['train_seconds']:,.1f} s", f"{row['step']:,} (PPL {row['val_ppl']:.2f})"
+
+
 def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
-    best_step = record["best"]["step"] if record["best"] else None
+    best = record["best"] or {"step": None, "epoch": None}
     lossless = any(_is_lossless(row) for row in history)
     rows = [
         (
             f"{row['epoch']:.2f}",
-            f"{row['step']:,}",
-            f"{row['train_loss']:.4f}",
-            f"{row['val_loss']:.4f}",
-            f"**{row['val_ppl']:.2f}**" if row["step"] == best_step else f"{row['val_ppl']:.2f}",
-            f"{row['val_accuracy']:.2%}",
-            f"{row['val_bits_per_byte']:.4f}" if lossless else f"{row['val_ppl_known']:.2f}",
-            f"{row['lr']:.2e}",
-            f"{row['train_seconds']:,.1f}",
+            _cell(row, "step", ","),
+            _cell(row, "train_loss", ".4f"),
+            _cell(row, "val_loss", ".4f"),
+            f"**{row['val_ppl']:.2f}**"
+            if (row["step"], row["epoch"]) == (best["step"], best["epoch"])
+            else _cell(row, "val_ppl", ".2f"),
+            _cell(row, "val_accuracy", ".2%"),
+            _cell(row, "val_bits_per_byte", ".4f") if lossless else _cell(row, "val_ppl_known", ".2f"),
+            _cell(row, "lr", ".2e"),
+            _cell(row, "train_seconds", ",.1f"),
         )
         for row in history
     ]
