@@ -112,6 +112,9 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, A
     ppl.plot(epochs, _values(history, "val_ppl"), color=_BLUE, label="validation", **style)
     shares = [100 * share for share in _values(history, "val_accuracy")]
     accuracy.plot(epochs, shares, color=_BLUE, label="validation", **style)
+    if all(map(math.isnan, shares)):  # as in the series' own files
+        accuracy.set_xlim(ppl.get_xlim())
+        accuracy.annotate("not recorded", (0.5, 0.6), xycoords="axes fraction", color=_GREY, ha="center")
     if known:
         _plot_published(known, loss, ppl, accuracy)
     best = best_row(history)
@@ -201,7 +204,7 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
         "## Every validation",
         _history_table(record, history),
         "## Samples",
-        "After the first words (bold) of long validation texts; temperature 0.8, `<UNK>` left out.",
+        "After the first words (bold, or up to the triangle) of long validation texts; temperature 0.8, no `<UNK>`.",
         "\n\n".join(quoted(sample) for sample in record["samples"]) or "None: the run has no trained weights yet.",
         "",
     ]
@@ -209,9 +212,11 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
 
 
 def quoted(sample: str) -> str:
-    """A sample as a quotation, its line ends and indents kept."""
-    lines = sample.replace("<", "\\<").split("\n")
-    return "  \n".join("> " + "\u00a0" * (len(line) - len(line.lstrip(" "))) + line.lstrip(" ") for line in lines)
+    """A sample as a quotation; one of several lines as a block, in which a triangle stands for the end of the bold."""
+    if "\n" not in sample:
+        return "> " + sample.replace("<", "\\<")
+    _, start, rest = sample.split("**", 2)
+    return f"```text\n{start}\N{BLACK RIGHT-POINTING TRIANGLE}{rest}\n```"
 
 
 def summary_text(record: dict[str, Any]) -> str:
@@ -280,7 +285,11 @@ def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{best['val_bits_per_byte']:.4f}",
             "sum of nll / ln 2 / UTF-8 bytes of the scored text; the ends of texts cost bits and hold no byte",
         ),
-        ("word-level perplexity", f"{best['val_word_ppl']:.2f}", "exp(sum of nll / words between white space)"),
+        (
+            "word-level perplexity",
+            f"{best['val_word_ppl']:.4g}",
+            "exp(sum of nll / words); for text with spaces between its words",
+        ),
     ]
 
 

@@ -42,7 +42,7 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
     click.echo(f"  accuracy     {metrics.accuracy:10.2%}{known[2]}")
     if metrics.bits_per_byte is not None:
         click.echo(
-            f"  bits a byte  {metrics.bits_per_byte:10.4f}   word-level perplexity {metrics.word_perplexity:.1f}"
+            f"  bits a byte  {metrics.bits_per_byte:10.4f}   word-level perplexity {metrics.word_perplexity:.4g}"
         )
 
 
