@@ -30,6 +30,8 @@ _HOMES = {
     "evaluate": "runs",
     "load_model": "runs",
     "lr_find": "study.lr_range",
+    "import_checkpoint": "importing",
+    "import_run": "importing",
     "export": "sharing",
     "bundle": "sharing",
     "open_bundle": "sharing",

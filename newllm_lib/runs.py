@@ -138,6 +138,11 @@ def _setup_and_folder(requested: RunConfig, fresh: bool, progress: Progress) -> 
     if not (folder / "run.json").exists():
         return setup, folder, {}
     earlier = report.read_record(folder)
+    if earlier["status"] == "imported":
+        raise CheckpointError(
+            f"{folder}: an imported run: it has weights, but no training state to go on from. Give this run another "
+            "name (--name), or --fresh, which keeps the imported one under another name"
+        )
     return make_setup(requested, earlier["decided"], setup.prepared), folder, earlier
 
 

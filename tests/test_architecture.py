@@ -40,6 +40,7 @@ ROOMS = [
     "planning",
     "probe",
     "recorder",
+    "importing",
     "runs",
     "sharing",
     "study",
