@@ -30,6 +30,7 @@ _HOMES = {
     "evaluate": "runs",
     "load_model": "runs",
     "lr_find": "study.lr_range",
+    "compare": "comparison",
     "import_checkpoint": "importing",
     "import_run": "importing",
     "export": "sharing",

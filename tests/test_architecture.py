@@ -34,6 +34,7 @@ ROOMS = [
     "diagnose",
     "report",
     "card",
+    "comparison",
     "step",
     "progress",
     "trainer",

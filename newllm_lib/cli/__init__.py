@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from newllm_lib.cli import importing, sharing, study, training, using
+from newllm_lib.cli import comparing, importing, sharing, study, training, using
 
 
 class Messages(click.Group):
@@ -40,6 +40,7 @@ for _command in (
     training.list_presets,
     using.evaluate,
     using.generate,
+    comparing.compare,
     importing.import_,
     sharing.export,
     sharing.bundle,
