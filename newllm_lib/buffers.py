@@ -62,9 +62,9 @@ class Buffers:
             self.release()
 
     def release(self) -> None:
-        """Give back to the system what no tensor uses."""
+        """Keep nothing any longer: what a tensor still uses goes back to the system with that tensor."""
         with self._lock:
-            self._blocks = [block for block in self._blocks if not block.free]
+            self._blocks = []
 
     @property
     def kept_bytes(self) -> int:
@@ -89,4 +89,4 @@ class Buffers:
 
 
 BUFFERS = Buffers()
-"""The pool of this process; the trainer empties it when it is done."""
+"""The pool of this process; training, evaluation and the range test empty it when they are done, however they end."""

@@ -284,8 +284,8 @@ def _group_notes(entries: list[Entry], groups: dict[str, Scored]) -> list[str]:
 def write(comparison: Comparison, folder: Path) -> None:
     """comparison.md, .csv, .json and .png, each whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    image = picture(comparison)
-    write_atomic(folder / "comparison.png", lambda file: image.savefig(file, dpi=110, metadata={"Software": None}))
+    image, options = picture(comparison), {"format": "png", "dpi": 110, "metadata": {"Software": None}}
+    write_atomic(folder / "comparison.png", lambda file: image.savefig(file, **options))
     write_text_atomic(folder / "comparison.json", comparison.to_json())
     write_text_atomic(folder / "comparison.csv", comparison.frame().to_csv(lineterminator="\n"))
     title = f"# Comparison of {len(comparison.entries)} runs\n\n![validation perplexity](comparison.png)\n\n"
@@ -358,7 +358,7 @@ def picture(comparison: Comparison):
         if values := [row[what] for _, entry in drawn for row in entry.curve if row[what] > 0]:
             _scale_cost(axes, what, min(values), max(values))
         else:
-            axes.text(0.5, 0.5, "nothing recorded yet", ha="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
     if drawn:
         ppls = [row["val_ppl"] for _, entry in drawn for row in entry.curve]
         _scale_perplexity(panels[0], min(ppls), max(ppls))

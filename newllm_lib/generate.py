@@ -87,8 +87,8 @@ def generate(
 class Decoding:
     """Steps of a generation, one at a time, until every row has ended; options as for `generate`.
 
-    The weights are prepared when it is made: later changes of the model do not reach it. Set a row of `ended` (B,) to
-    end it; a row that has ended reads nothing more.
+    The weights are prepared when it is made, some as copies: they must not change while it runs. Set a row of `ended`
+    (B,) to end it; a row that has ended reads nothing more.
     """
 
     @torch.no_grad()
@@ -115,7 +115,8 @@ class Decoding:
 
     def __next__(self) -> Step:
         # products of one row are too small to share between threads: two of them took 1.5 times as long as one
-        with cpu_threads(1) if len(self.ended) == 1 else nullcontext():
+        threads = cpu_threads(1) if len(self.ended) == 1 else nullcontext()
+        with threads, torch.autocast(self.ended.device.type, enabled=False):  # products are laid out for one type
             return self._next()
 
     @torch.no_grad()
@@ -182,5 +183,5 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 def check_count(max_new_tokens: int) -> None:
     """ValueError unless it is a whole number from 1."""
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens!r}: must be a whole number from 1")

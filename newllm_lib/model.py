@@ -124,8 +124,11 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         hidden, context = self.hidden(tokens, context)
         return linear(hidden, *self.head), context
 
-    def generate(self, tokens: Tensor, max_new_tokens: int = 50, **options) -> tuple[Tensor, Tensor]:
-        """New tokens (B, N) after a prompt (B, T), and the context to go on from: see `newllm_lib.generate`."""
+    def generate(self, tokens: Tensor, max_new_tokens: int = 50, **options) -> tuple[Tensor, Tensor, Tensor]:
+        """New tokens (B, N) after a prompt (B, T), the context to go on from, and log-probabilities.
+
+        A named tuple (tokens, context, log_probs); options as for `newllm_lib.generate.generate`.
+        """
         from newllm_lib.generate import generate  # a method for users' convenience; the room below stays below
 
         return generate(self, tokens, max_new_tokens, **options)

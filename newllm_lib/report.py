@@ -230,7 +230,8 @@ def summary_text(record: dict[str, Any]) -> str:
         else f"(accuracy {best['val_accuracy']:.1%}) at step {best['step']:,}, after {best['train_seconds']:,.0f} s of "
         "training (validation excluded)"
     )
-    text = f"Best validation perplexity **{best['val_ppl']:.2f}** {place}. Status: {record['status']}."
+    ppl = _cell(best, "val_ppl", ".2f") or "infinite"
+    text = f"Best validation perplexity **{ppl}** {place}. Status: {record['status']}."
     if record["faithful"] is not None:
         word = (
             "Faithful" if record["faithful"] else f"**Not faithful** to the published run ({record['faithful_reason']})"
@@ -257,7 +258,11 @@ def result_text(record: dict[str, Any]) -> str:
     imported, peak = "imported" in record, best["peak_memory_bytes"]
     weighting = "as the file has it: means of batches, weighted by rows" if imported else "nats a target"
     rows = [
-        ("perplexity", f"{best['val_ppl']:.3f}", "exp(loss)" if imported else "exp(sum of nll / number of targets)"),
+        (
+            "perplexity",
+            _cell(best, "val_ppl", ".3f") or "infinite",
+            "exp(loss)" if imported else "exp(sum of nll / number of targets)",
+        ),
         ("loss", f"{best['val_loss']:.4f}", weighting),
         ("accuracy", _cell(best, "val_accuracy", ".2%"), "likeliest token is the target"),
         *(_lossless_rows(best) if _is_lossless(best) else _known_rows(best, record["validation"]["unknown_share"])),

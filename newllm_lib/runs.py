@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from newllm_lib import presets, report
+from newllm_lib.buffers import BUFFERS
 from newllm_lib.card import model_card
 from newllm_lib.checkpoint import (
     TOKENIZER_FILE,
@@ -233,7 +234,8 @@ def load_model(place: str | Path) -> Loaded:
     loaded.model.companions = {TOKENIZER_FILE: tokenizer_text(loaded.tokenizer)}
     record = report.read_record(Path(place)) if (Path(place) / "run.json").is_file() else None
     kept = Path(place) / "README.md"
-    loaded.model.card = kept.read_text("utf-8") if kept.is_file() else model_card(record, loaded.model.config)
+    is_card = record is None and kept.is_file()  # a run's folder may hold notes of that name
+    loaded.model.card = kept.read_text("utf-8") if is_card else model_card(record, loaded.model.config)
     return loaded
 
 
@@ -302,7 +304,8 @@ def evaluate(
     if chosen.substituted:
         _to_stderr(f"scored in {chosen.name}: {chosen.reason}")
     batch = config.train.eval_batch_size
-    return evaluate_split(loaded.model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine)
+    with BUFFERS.kept():
+        return evaluate_split(loaded.model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine)
 
 
 def _to_stderr(text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
 import stat
 import tempfile
@@ -31,6 +32,7 @@ MAX_BUNDLE_BYTES = 8 << 30
 """Most that a bundle may unpack to, unless told otherwise."""
 _MAX_FILES = 1000
 _MAX_MANIFEST_BYTES = 1 << 20
+_MAX_DEPTH = 3
 _CHUNK = 1 << 20
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member, so that the same run gives the same file."""
@@ -55,6 +57,8 @@ def export(what: Run | str | Path, folder: str | Path, *, half: bool = False) ->
     if folder.exists() and not (folder / "model.safetensors").exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: holds other files; name a new or an empty folder, or a model folder to replace")
     place = what.folder if isinstance(what, Run) else Path(what)
+    if folder.resolve() in (place.resolve(), (place / "model").resolve()):
+        raise ValueError(f"{folder}: is where the model comes from; name another folder")
     loaded = load_model(place)
     if half:
         _check_half(loaded.model)
@@ -80,7 +84,7 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     With `checkpoint` the newest training state goes along, so that the run can be continued elsewhere. The file is
     replaced whole. FileNotFoundError or ValueError when the run has no trained weights yet.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = Run((run.folder if isinstance(run, Run) else Path(run)).resolve())
     out = Path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
     missing = [name for name in _REQUIRED if not (run.folder / name).is_file()]
     if missing:
@@ -144,8 +148,7 @@ def open_bundle(
                 unpacked = Path(scratch) / "run"
                 for member, entry in manifest["files"].items():
                     _extract(archive, member, entry, unpacked / member, path)
-                Run(unpacked)
-                load_exported(unpacked / "model")  # hashes match, so a fault here is the sender's
+                _check_run(unpacked, path)
                 unpacked.rename(folder)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error) as error:
         raise BundleError(f"{path}: not a readable zip file ({error}): download it again") from error
@@ -164,10 +167,10 @@ def _manifest(archive: zipfile.ZipFile, path: Path, max_bytes: int) -> dict[str,
         raise BundleError(f"{path}: {MANIFEST} is larger than {_MAX_MANIFEST_BYTES:,} bytes")
     try:
         manifest = json.loads(archive.read(MANIFEST))
-        version, files = int(manifest["format_version"]), manifest["files"]
-        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        version, files, _ = int(manifest["format_version"]), manifest["files"], manifest["run"]
+        sizes = {name: operator.index(entry["bytes"]) for name, entry in files.items()}
         hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{path}: {MANIFEST} cannot be read ({error})") from error
     if version > BUNDLE_VERSION:
         raise BundleError(f"{path}: bundle version {version}, this library reads up to {BUNDLE_VERSION}; upgrade it")
@@ -176,6 +179,9 @@ def _manifest(archive: zipfile.ZipFile, path: Path, max_bytes: int) -> dict[str,
     if set(names) - {MANIFEST} != set(sizes) or set(hashes) != set(sizes):
         odd = sorted((set(names) - {MANIFEST}) ^ set(sizes))
         raise BundleError(f"{path}: members and {MANIFEST} differ: {', '.join(odd[:4])}")
+    for name, size in sizes.items():
+        if size != archive.getinfo(name).file_size:
+            raise BundleError(f"{path}: {name} is {archive.getinfo(name).file_size:,} bytes, recorded are {size:,}")
     if (total := sum(sizes.values())) > max_bytes:
         raise BundleError(f"{path}: would unpack to {total:,} bytes, allowed are {max_bytes:,}")
     missing = [name for name in _REQUIRED if name not in sizes]
@@ -187,13 +193,18 @@ def _manifest(archive: zipfile.ZipFile, path: Path, max_bytes: int) -> dict[str,
 def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
     """Nothing but plain files with plain relative names."""
     name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
-    plain = bool(re.fullmatch(r"[\w.+ ()-]+(/[\w.+ ()-]+){0,2}", name)) and not {"..", "."} & set(name.split("/"))
-    if not plain or kind not in (0, stat.S_IFREG):
+    parts = name.split("/")
+    if len(parts) > _MAX_DEPTH or not all(map(_is_plain, parts)) or kind not in (0, stat.S_IFREG):
         raise BundleError(f"{path}: refused: it holds {name!r}, which is not a plain file inside the run's folder")
 
 
+def _is_plain(part: str) -> bool:
+    """Whether a part of a path means the same on every system: what a run may be called, and no hidden file."""
+    return bool(re.fullmatch(r"[^\x00-\x1f\x7f/\\:*?\"<>|]+", part)) and not part.startswith(".")
+
+
 def _folder_name(name: str, path: Path) -> str:
-    if not re.fullmatch(r"[\w+()-][\w.+ ()-]*", str(name)):
+    if not _is_plain(str(name)):
         raise BundleError(f"{path}: refused: {name!r} is no name for a folder; give one with --name")
     return str(name)
 
@@ -211,6 +222,16 @@ def _extract(archive: zipfile.ZipFile, member: str, entry: dict[str, Any], targe
             file.write(chunk)
     if left or digest.hexdigest() != entry["sha256"]:
         raise BundleError(f"{path}: {member} is damaged: its sha256 is not the recorded {entry['sha256'][:16]}…")
+
+
+def _check_run(folder: Path, path: Path) -> None:
+    """BundleError where the files cannot be used: their hashes match, so the fault is the sender's."""
+    try:
+        Run(folder).history if (folder / "history.csv").is_file() else None
+        repr(Run(folder))
+        load_model(folder)
+    except Exception as error:  # a record from elsewhere may be wrong in any way
+        raise BundleError(f"{path}: its files are whole, but are no run ({type(error).__name__}: {error})") from error
 
 
 def _already_there(folder: Path, manifest: dict[str, Any]) -> Run:

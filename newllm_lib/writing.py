@@ -34,7 +34,8 @@ class Pieces:
     nothing from it on is given out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: str | Sequence[str] = ()):
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stop):
             raise ValueError("stop = '': must be a text of at least one character")
         self._tokenizer, self._stop = tokenizer, stop
@@ -51,9 +52,14 @@ class Pieces:
         self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
         return self._pass(new)
 
-    def flush(self) -> str:
-        """What was held back, at the end of a text."""
-        rest = self._pass(self._new_text()) if len(self._ids) > self._known else ""
+    @property
+    def unfinished(self) -> list[int]:
+        """Ids of a character whose last ones are still to come."""
+        return self._ids[self._known :]
+
+    def flush(self, whole: bool = True) -> str:
+        """What was held back, at the end of a text; `whole` = an unfinished character too."""
+        rest = self._pass(self._new_text()) if whole and self.unfinished else ""
         held, self._held = self._held, ""
         return rest + held
 
@@ -82,13 +88,14 @@ class Writer:
     def reset(self) -> None:
         """Begin a new text."""
         self._unread, self._context = [BOS], None
+        self._begun: list[int] = []  # ids of a character that the last call could not give out whole
 
     def write(
         self,
         prompt: str = "",
         max_new_tokens: int = 50,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         generator: torch.Generator | None = None,
         **sampling,
     ) -> Iterator[str]:
@@ -98,21 +105,24 @@ class Writer:
         max_new_tokens. A stream that is left early can be continued as well.
         """
         check_count(max_new_tokens)
-        self._unread += self._tokenizer.encode(prompt)
-        pieces = Pieces(self._tokenizer, self._unread[-1:], stop)
-        tokens = torch.tensor([self._unread], device=self._model.output.weight.device)
-        for number, step in enumerate(
-            Decoding(self._model, tokens, Sampling(**sampling), self._context, generator), start=1
-        ):
+        unread, begun = self._unread + self._tokenizer.encode(prompt), [] if prompt else self._begun
+        pieces = Pieces(self._tokenizer, unread[-1:] if not begun else (), stop)
+        tokens = torch.tensor([unread], device=self._model.output.weight.device)
+        decoding = Decoding(self._model, tokens, Sampling(**sampling), self._context, generator)
+        self._unread, self._begun = unread, []
+        for token in begun:
+            pieces.push(token)
+        for number, step in enumerate(decoding, start=1):
             token = int(step.token)
             self._unread, self._context = [token], step.context
             if token == EOS:
                 self.reset()
                 break
             yield pieces.push(token)
+            self._begun = pieces.unfinished
             if pieces.stopped or number == max_new_tokens:
                 break
-        yield pieces.flush()
+        yield pieces.flush(whole=not self._begun)
 
 
 def stream_text(model: NewLLM, tokenizer: Tokenizer, prompt: str = "", seed: int | None = None, **options):
@@ -127,7 +137,7 @@ def generate_texts(
     seed: int | None = None,
     *,
     max_new_tokens: int = 50,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **sampling,
 ) -> list[Text]:
     """Continue many prompts at once, each encoded after a `<BOS>`; options as for `generate`.
@@ -136,6 +146,8 @@ def generate_texts(
     one generator, so a seed stands for the whole list.
     """
     check_count(max_new_tokens)
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts = {prompts!r}: must be a list of texts; for one text there is generate_text")
     if not prompts:
         return []
     encoded = [[BOS, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -145,7 +157,7 @@ def generate_texts(
 
 
 def _collect(
-    decoding: Decoding, tokenizer: Tokenizer, encoded: list[list[int]], most: int, stop: Sequence[str]
+    decoding: Decoding, tokenizer: Tokenizer, encoded: list[list[int]], most: int, stop: str | Sequence[str]
 ) -> list[Text]:
     """Run to the end of every row and put its text together."""
     pieces = [Pieces(tokenizer, ids[-1:], stop) for ids in encoded]

@@ -1,4 +1,3 @@
-import gc
 import threading
 
 import pytest
@@ -51,17 +50,23 @@ def test_a_slightly_larger_request_finds_room_and_a_much_larger_one_replaces_a_f
     assert 16 << 20 <= pool.kept_bytes < 18 << 20  # the 4 MiB block is gone
 
 
-def test_release_keeps_what_is_in_use():
+def test_release_leaves_a_tensor_in_use_alone():
     pool = Buffers()
     used = pool.empty(*BIG, like=LIKE).fill_(7)
     pool.empty(*BIG, like=LIKE)
     pool.release()
-    gc.collect()
-    assert 4 << 20 <= pool.kept_bytes < 5 << 20
+    assert pool.kept_bytes == 0
+    others = [pool.empty(*BIG, like=LIKE).fill_(1) for _ in range(3)]
     assert bool((used == 7).all())
+    assert len({place(tensor) for tensor in [used, *others]}) == 4
+
+
+def test_nothing_is_kept_after_a_block_that_failed():
+    pool = Buffers()
     with pytest.raises(RuntimeError), pool.kept():
-        del used
-        raise RuntimeError
+        held = pool.empty(*BIG, like=LIKE)
+        assert pool.kept_bytes > 0
+        raise RuntimeError(held.shape)
     assert pool.kept_bytes == 0
 
 

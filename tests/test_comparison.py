@@ -287,14 +287,16 @@ def test_imported_runs_claim_no_more_than_their_files(tmp_path):
     text = str(write_text(tmp_path / "text"))
     told, silent = write_old(tmp_path / "told.pt"), write_old(tmp_path / "silent.pt", settings={"max_seq_length": 12})
     folders = [import_run(path, data=text, results_dir=tmp_path / "results") for path in (told, silent)]
-    folders.append(import_run(told, data=text, results_dir=tmp_path / "results", name="doubtful", evaluate=True))
+    for name in ("doubtful", "as doubtful"):  # two of them share no group either
+        folders.append(import_run(told, data=text, results_dir=tmp_path / "results", name=name, evaluate=True))
     frame = comparison.compare(folders)
     rows = {found["run"]: found for found in frame.to_dict("records")}
     assert (rows["told"]["batch_size"], rows["told"]["lr"], rows["told"]["group"]) == (2048, 8e-4, "A")
     assert frame.loc[2, ["batch_size", "lr"]].isna().all()
-    assert (rows["silent"]["optimizer"], rows["silent"]["group"], rows["doubtful"]["group"]) == (None, "A", "B")
+    assert (rows["silent"]["optimizer"], rows["silent"]["group"]) == (None, "A")
+    assert (rows["doubtful"]["group"], rows["as doubtful"]["group"]) == ("B", "C")
     assert {found["status"] for found in rows.values()} == {"imported"}
-    assert [found["val_ppl"] for found in rows.values()] == [25.8, 25.8, 25.8]
+    assert [found["val_ppl"] for found in rows.values()] == [25.8] * 4
     assert set(frame["note"]) == {"imported; that it scored this text is assumed, unknown settings are left out"}
 
 
@@ -504,7 +506,7 @@ def test_a_run_that_diverged_does_not_flatten_the_others(make):
 
 def test_a_picture_without_anything_to_draw_says_so(make):
     figure = comparison.picture(comparison.collect(make("begun")))
-    assert [axes.texts[0].get_text() for axes in figure.axes] == ["nothing recorded yet"] * 3
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["nothing recorded"] * 3
 
 
 # --- in a shell -------------------------------------------------------------------------------------------------
@@ -543,7 +545,7 @@ def test_the_command_writes_a_folder_and_prints_json_or_csv(newllm, make, tmp_pa
     [
         ((), 2, "Missing argument 'RUN [RUN ...]'"),
         (("first", "--json", "--csv"), 2, "--json and --csv: choose one"),
-        (("first", "--data", "x"), 2, "--data belongs to --shared-words"),
+        (("first", "--data", "x"), 2, "--data and --split belong to --shared-words"),
         (("first", "--shared-words"), 2, "--shared-words takes two runs"),
         (("first", "first", "--shared-words", "--csv"), 2, "neither --csv nor --out"),
         (("first", "gone"), 1, "Error: gone: no run here (there is no run.json in it)"),

@@ -341,3 +341,24 @@ def test_without_a_network_the_local_cache_serves(hub_folder, no_hub, tmp_path, 
     monkeypatch.setattr(corpus, "HUB_REPOSITORY", "Salesforce/wikitext")
     monkeypatch.chdir(tmp_path)
     assert load("wikitext-2") == online
+
+
+def test_empty_files_of_a_pattern_are_passed_over(tmp_path):
+    for number in range(4):
+        (tmp_path / f"m{number}.py").write_text(f"x = {number}\n\ny = {number}\n")
+    (tmp_path / "__init__.py").write_text("\n")
+    found = load_corpus(DataConfig(data=f"{tmp_path}/*.py", text_unit="file"))
+    assert [found.splits[split] for split in ("train", "validation", "test")] == [
+        ["x = 0\n\ny = 0\n", "x = 1\n\ny = 1\n"],
+        ["x = 2\n\ny = 2\n"],
+        ["x = 3\n\ny = 3\n"],
+    ]
+    for number in range(4):
+        (tmp_path / f"m{number}.py").write_text("")
+    with pytest.raises(ValueError, match="all of these files are empty"):
+        load_corpus(DataConfig(data=f"{tmp_path}/*.py"))
+
+
+def test_where_texts_end_is_part_of_the_fingerprint():
+    first, second = (corpus.Corpus("x", {"train": texts}) for texts in (["a\nb", "c"], ["a", "b\nc"]))
+    assert first.fingerprint != second.fingerprint

@@ -4,9 +4,11 @@ import pytest
 import torch
 from tiny import tiny_config, write_text
 
+from newllm_lib.buffers import BUFFERS
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup
 from newllm_lib.study.lr_range import RangeTest, lr_find, suggest
+from newllm_lib.text.prepare import prepare
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def test_weights_and_generators_stay_as_they_are(config, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.get_rng_state()
     model.eval()
-    lr_find(config, model=model, low=1e-3, high=1.0, steps=12)
+    tokenizer = prepare(config).tokenizer
+    lr_find(config, model=model, tokenizer=tokenizer, low=1e-3, high=1.0, steps=12)
+    assert BUFFERS.kept_bytes == 0
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.training
@@ -92,4 +96,6 @@ def test_options_out_of_range_are_named(config, options, message):
 def test_a_model_of_another_vocabulary_is_refused(config):
     model = NewLLM(config.replace(vocab_size=17).model)
     with pytest.raises(ValueError, match="the model has 17 ids, the data's tokenizer"):
+        lr_find(config, model=model, tokenizer=prepare(config).tokenizer)
+    with pytest.raises(ValueError, match="needs the tokenizer that it was trained with"):
         lr_find(config, model=model)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, write_text
 
 from newllm_lib import runs, sharing
-from newllm_lib.checkpoint import CheckpointError, export_model
+from newllm_lib.checkpoint import export_model
 from newllm_lib.config import ModelConfig
 from newllm_lib.model import NewLLM
 from newllm_lib.sharing import MANIFEST, BundleError, bundle, export, open_bundle
@@ -236,6 +236,12 @@ def test_members_and_manifest_must_agree(run, tmp_path):
 def test_what_is_too_large_is_refused_before_it_is_unpacked(run, tmp_path):
     path = bundle(run, tmp_path / "b.zip")
     refused(path, tmp_path / "r", "allowed are 1,000", max_bytes=1000)
+    members = members_of(path) | {"big": bytes(10**6), "small": b"x"}
+    manifest = json.loads(members[MANIFEST])
+    entry = {"sha256": "", "bytes": 10**6}
+    manifest["files"] |= {"big": entry, "small": entry | {"bytes": -(10**6)}}
+    lying = write_zip(tmp_path / "lying.zip", members | {MANIFEST: json.dumps(manifest).encode()}, hashes=False)
+    refused(lying, tmp_path / "r", "small is 1 bytes, recorded are -1,000,000", max_bytes=10**6)
 
 
 def test_a_member_that_is_larger_than_recorded_is_cut_off(run, tmp_path):
@@ -243,7 +249,7 @@ def test_a_member_that_is_larger_than_recorded_is_cut_off(run, tmp_path):
     manifest = json.loads(members[MANIFEST])
     manifest["files"]["report.md"]["bytes"] = 10
     lying = members | {MANIFEST: json.dumps(manifest).encode()}
-    refused(write_zip(tmp_path / "l.zip", lying, hashes=False), tmp_path / "r", "is larger than the 10 bytes recorded")
+    refused(write_zip(tmp_path / "l.zip", lying, hashes=False), tmp_path / "r", "bytes, recorded are 10")
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9, 0.999])
@@ -270,6 +276,7 @@ def test_flipped_bytes_are_found(run, tmp_path):
         ({"run": ".hidden"}, "'.hidden' is no name for a folder"),
         ({"files": []}, "cannot be read"),
         ({"format_version": "new"}, "cannot be read"),
+        ({"files": {"run.json": {"sha256": "", "bytes": 1e400}}}, "cannot be read"),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted(run, tmp_path, changes, message):
@@ -292,9 +299,48 @@ def test_other_files_are_no_bundles(tmp_path):
 def test_weights_that_hash_well_and_cannot_be_read_are_refused(run, tmp_path):
     members = members_of(bundle(run, tmp_path / "b.zip"))
     bad = members | {"model/model.safetensors": struct.pack("<Q", 10**6)}
-    with pytest.raises(CheckpointError):
-        open_bundle(write_zip(tmp_path / "bad.zip", bad), tmp_path / "r")
-    assert not any((tmp_path / "r").iterdir())
+    refused(
+        write_zip(tmp_path / "bad.zip", bad), tmp_path / "r", "its files are whole, but are no run (CheckpointError"
+    )
+    for name, content in (
+        ("model/tokenizer.json", b"[]"),
+        ("run.json", json.dumps(run.record | {"best": {"val_loss": 1}}).encode()),
+        ("history.csv", b""),
+    ):
+        path = write_zip(tmp_path / "bad.zip", members | {name: content})
+        refused(path, tmp_path / "r", "its files are whole, but are no run")
+
+
+def test_a_manifest_without_a_name_is_refused(run, tmp_path):
+    members = members_of(bundle(run, tmp_path / "b.zip"))
+    manifest = json.loads(members[MANIFEST])
+    del manifest["run"]
+    path = write_zip(tmp_path / "m.zip", members | {MANIFEST: json.dumps(manifest).encode()}, hashes=False)
+    refused(path, tmp_path / "r", "cannot be read ('run')")
+
+
+def test_any_name_that_a_run_may_have_travels(run, tmp_path, monkeypatch):
+    config = tiny_config(run.config.data.data, results_dir=str(tmp_path), name="lr=0.001, first @ 50 %")
+    named = runs.train(config, epochs=1)
+    monkeypatch.chdir(named.folder)
+    path = bundle(".", checkpoint=True)
+    assert path == tmp_path / "lr=0.001, first @ 50 %.zip"
+    assert open_bundle(path, tmp_path / "elsewhere").folder.name == "lr=0.001, first @ 50 %"
+
+
+def test_a_run_is_not_exported_over_itself(run):
+    before = (run.folder / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is where the model comes from"):
+        export(run, run.folder / "model", half=True)
+    assert (run.folder / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_of_infinite_perplexity_can_be_loaded(run, tmp_path):
+    folder = open_bundle(bundle(run, tmp_path / "b.zip"), tmp_path / "r").folder
+    record = json.loads((folder / "run.json").read_text())
+    record["best"]["val_ppl"] = None  # as an infinite one is written
+    (folder / "run.json").write_text(json.dumps(record))
+    assert "**infinite**" in runs.load_model(folder).model.card
 
 
 def test_sharing_is_at_the_front_door():

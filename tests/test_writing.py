@@ -157,3 +157,46 @@ def test_a_row_that_has_ended_reads_nothing_more(model):
 def test_lengths_out_of_range_are_named(model, lengths):
     with pytest.raises(ValueError, match=r"lengths = .*: must be 2 whole numbers from 1 to 2"):
         Decoding(model, torch.tensor([[BOS, 5], [BOS, 6]]), Sampling(), lengths=torch.tensor(lengths))
+
+
+class ByteTokenizer(Bytes):
+    """Ids 4 to 11 as the words of TOKENIZER would be, but three bytes of one character each time."""
+
+    euro = "€".encode()
+
+    def encode(self, text):
+        return [4] * len(text)
+
+    def decode(self, ids):
+        return bytes(self.euro[(int(index) - 4) % 3] for index in ids if int(index) > 3).decode(errors="replace")
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 5])
+def test_a_character_cut_by_the_limit_is_given_out_whole_by_the_next_call(model, first, monkeypatch):
+    ids = iter([4, 5, 6] * 3)
+    monkeypatch.setattr("newllm_lib.generate.sample", lambda *rest: torch.tensor([next(ids)]))
+    writer = Writer(model, ByteTokenizer())
+    parts = ["".join(writer.write("", count)) for count in (first, 9 - first)]
+    assert "".join(parts) == "€€€"
+    assert parts[0] == "€" * (first // 3)
+
+
+def test_a_call_that_is_refused_changes_nothing(model):
+    writer, other = Writer(model, TOKENIZER), Writer(model, TOKENIZER)
+    for options in ({"temperature": -1}, {"stop": [""]}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError):
+            next(writer.write("w1 w2", **options))
+    texts = ["".join(one.write("w1 w2", 5, temperature=0)) for one in (writer, other)]
+    assert texts[0] == texts[1]
+
+
+def test_one_stop_text_may_stand_alone_and_one_prompt_may_not(model):
+    free = generate_texts(model, TOKENIZER, ["w1"], seed=5, max_new_tokens=9, temperature=3.0)[0]
+    word = free.text.split()[3]
+    alone, listed = (
+        generate_texts(model, TOKENIZER, ["w1"], seed=5, max_new_tokens=9, temperature=3.0, stop=stop)[0]
+        for stop in (word, [word])
+    )
+    assert alone == listed
+    with pytest.raises(ValueError, match="prompts = 'w1': must be a list of texts"):
+        generate_texts(model, TOKENIZER, "w1")

@@ -38,8 +38,8 @@ def compare(
             raise click.UsageError("--shared-words takes two runs, and neither --csv nor --out")
         _shared_words(runs, data[0] if len(data) == 1 else data or None, split, as_json)
         return
-    if data:
-        raise click.UsageError("--data belongs to --shared-words: other comparisons train and score nothing")
+    if data or split != "validation":
+        raise click.UsageError("--data and --split belong to --shared-words: other comparisons train and score nothing")
     from newllm_lib import comparison
 
     found = comparison.collect(runs, published=published)

@@ -47,13 +47,13 @@ def lr_find(
     from newllm_lib.study.lr_range import lr_find as test
 
     config = config_of(preset, overrides_of(options))
-    model = runs.load_model(run).model if run else None
+    model, tokenizer = runs.load_model(run)[:2] if run else (None, None)
 
     def report(step: int, rate: float, loss: float) -> None:
         if step % 10 == 0 or step == 1:
             click.echo(f"step {step} of {steps}: rate {rate:.2e}, loss {loss:.3f}", err=True)
 
-    found = test(config, model=model, low=low, high=high, steps=steps, report=report)
+    found = test(config, model=model, tokenizer=tokenizer, low=low, high=high, steps=steps, report=report)
     found.write(out)
     if as_json:
         fields = ("rates", "losses", "smoothed", "suggestion", "reason")

@@ -74,6 +74,8 @@ def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **opti
         return
     if file:
         prompts += tuple(line.rstrip("\n") for line in file)
+        if not prompts:
+            raise click.UsageError(f"--prompts {file.name}: holds no prompt")
     _warn_unknown(tokenizer, prompts)
     texts = _texts(model, tokenizer, [prompt for prompt in prompts or ("",) for _ in range(samples)], seed, options)
     if as_json:

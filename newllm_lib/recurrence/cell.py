@@ -44,7 +44,7 @@ class LoopWeights:
 class Cell:
     """inputs (n, H), context (n, C) -> hidden (n, H), context (n, C), for up to `rows` rows.
 
-    It holds a copy of what it needs in the layout of its products, so later changes of the weights do not reach it.
+    It holds some of the weights as copies, in the layout of its products: they must not change while it is used.
     """
 
     def __init__(self, prepared: LoopWeights, rows: int):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from newllm_lib.buffers import BUFFERS
 from newllm_lib.checkpoint import generator_states, restore_generators
 from newllm_lib.config import RunConfig
 from newllm_lib.files import write_atomic, write_text_atomic
@@ -22,6 +23,8 @@ from newllm_lib.planning import make_setup
 from newllm_lib.runs import resolve
 from newllm_lib.schedule import clip_norm
 from newllm_lib.step import TrainingError, make_optimizers, optimizer_step, set_rates
+from newllm_lib.text.prepare import prepare
+from newllm_lib.text.tokenizer import Tokenizer
 from newllm_lib.trainer import Setup, epoch_order, mix_seed
 
 _SMOOTHING = 0.9
@@ -62,6 +65,7 @@ def lr_find(
     config: str | RunConfig = "auto",
     *,
     model: NewLLM | None = None,
+    tokenizer: Tokenizer | None = None,
     low: float = 1e-6,
     high: float = 1.0,
     steps: int = 100,
@@ -70,18 +74,23 @@ def lr_find(
 ) -> RangeTest:
     """Train a throw-away copy for `steps` steps while the rate rises from `low` to `high`, evenly in its logarithm.
 
-    config and overrides as for `train`; model: weights to start from instead of new ones (they stay as they are, as do
-    all random number generators). Ends early where the loss runs away. report(step, rate, loss) after each step.
+    config and overrides as for `train`; model: weights to start from instead of new ones, with the tokenizer that they
+    belong to (both stay as they are, as do all random number generators). Ends early where the loss runs away.
+    report(step, rate, loss) after each step.
     ValueError for a range that is empty or too few steps.
     """
     if not 0 < low < high:
         raise ValueError(f"low = {low!r}, high = {high!r}: must be numbers above 0, low below high")
+    if (model is None) != (tokenizer is None):
+        raise ValueError("a model needs the tokenizer that it was trained with, and the other way round: give both")
     if steps < _LEAST_STEPS:
         raise ValueError(f"steps = {steps!r}: must be a whole number from {_LEAST_STEPS}")
     states = generator_states()
     try:
-        setup = make_setup(resolve(config, **overrides))
-        return _sweep(setup, _copy(setup, model), low, high, steps, report)
+        config = resolve(config, **overrides)
+        setup = make_setup(config, prepared=prepare(config, tokenizer))
+        with BUFFERS.kept():
+            return _sweep(setup, _copy(setup, model), low, high, steps, report)
     finally:
         restore_generators(states)
 

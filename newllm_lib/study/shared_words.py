@@ -115,8 +115,9 @@ def compare_models(
 ) -> SharedWords:
     """`shared_word_bits` of two places (runs, model folders, checkpoints) on a split of some data.
 
-    data: None takes what both were trained on. ValueError when that is not the same text, has changed, or is not
-    known, and when there is no such split.
+    data: None takes what both were trained on (of a bare model folder that is assumed); other data become texts as the
+    first run's do. ValueError when the two were trained on different texts, when the text has changed or is not known,
+    and when there is no such split.
     """
     pair = (load_model(first), load_model(second))
     config = next((loaded.config.data for loaded in pair if loaded.config), DataConfig())
@@ -191,8 +192,7 @@ def _scored(loaded: Loaded, encoded: list[list[int]], precision: str) -> Iterato
                 tokens, targets = ids[:, start : start + _SLOTS], ids[:, start + 1 : start + _SLOTS + 1]
                 tokens = tokens[:, : targets.shape[1]]
                 with chosen.autocast(device.type):
-                    left = (lengths - start).clamp(0, targets.shape[1])
-                    hidden, context = model.hidden(tokens, context, left, engine=engine)
+                    hidden, context = model.hidden(tokens, context, (targets != PAD).sum(1), engine=engine)
                     parts.append(token_losses(hidden, model.head, targets)[0])
             yield from zip(rows, torch.cat(parts).split(lengths.tolist()), strict=True)
     finally:

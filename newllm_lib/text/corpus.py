@@ -41,6 +41,8 @@ class Corpus:
         for split in SPLITS:
             texts = self.splits.get(split, [])
             digest.update(f"{split} {len(texts)}\n".encode())
+            if any("\n" in text for text in texts):  # then the ends of lines do not tell where a text ends
+                digest.update(f"{[len(text) for text in texts]}\n".encode())
             digest.update("\n".join(texts).encode())
         return digest.hexdigest()
 
@@ -115,7 +117,10 @@ def _from_files(paths: list[Path], config: DataConfig) -> Corpus:
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     texts: dict[Path, list[str]] = {}
     for path in paths:
-        texts[path] = read_texts(path, config.text_unit)
+        if len(paths) == 1 or path.read_bytes().strip():  # a pattern may well meet an empty __init__.py
+            texts[path] = read_texts(path, config.text_unit)
+    if not texts:
+        raise ValueError(f"data {paths[0]} and {len(paths) - 1} more: all of these files are empty")
     groups = list(texts.values())
     if config.text_unit == "file":
         groups = [list(itertools.chain.from_iterable(groups))]
