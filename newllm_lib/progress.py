@@ -12,6 +12,9 @@ from tqdm import tqdm
 class Progress:
     """What a trainer reports. This one is silent; derive from it to show more."""
 
+    def begin(self, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """A run begins or goes on: its record, which is kept up to date as run.json is, and the rows so far."""
+
     def message(self, text: str) -> None:
         """A line that the user should read: a decision, a warning, how to go on."""
 
@@ -43,8 +46,7 @@ class TerminalProgress(Progress):
     """A bar where there is a terminal, a line every ten seconds where there is none (a log file, CI)."""
 
     def __init__(self, stream: TextIO | None = None, line_seconds: float = 10.0):
-        in_notebook = "ipykernel" in sys.modules  # where standard error is shown as if something had failed
-        self._stream = stream or (sys.stdout if in_notebook else sys.stderr)
+        self._stream = stream or sys.stderr
         self._line_seconds = line_seconds
         self._bar: tqdm | None = None
         self._started: tuple[float, int] | None = None

@@ -104,11 +104,12 @@ def train(
 ) -> Run:
     """Train a run, or continue it from its newest valid checkpoint; the folder tells which.
 
-    config: a preset's name or a RunConfig; overrides: any field by name. `fresh` starts over and keeps the old folder
+    config: a preset's name or a RunConfig; overrides: any field by name. progress: what shows the course of it; None =
+    live in a notebook, lines in a terminal. `fresh` starts over and keeps the old folder
     under a new name. Raises ValueError for bad settings or data, CheckpointError when the folder holds another run,
     TrainingError when training breaks down; in each case what was on disk stays valid.
     """
-    progress = progress or TerminalProgress()
+    progress = progress or _default_progress()
     setup, folder, earlier = _setup_and_folder(resolve(config, **overrides), fresh, progress)
     model = NewLLM(setup.config.model)
     model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
@@ -117,8 +118,10 @@ def train(
     _continue(trainer, earlier, progress)
     if trainer.ended() and earlier.get("status") == trainer.ended():
         progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
+        progress.close()
         return Run(folder)
     recorder = Recorder(trainer, folder, earlier)
+    progress.begin(recorder.record, trainer.state.history)
     if not trainer.state.step:
         for name, text in recorder.record["plan"]:
             progress.message(f"{name:>10}  {text}")
@@ -127,6 +130,15 @@ def train(
     if reason := recorder.record["faithful_reason"]:
         progress.message(f"warning: not faithful to the published run: {reason}")
     return _fit(trainer, recorder, progress)
+
+
+def _default_progress() -> Progress:
+    """Live in the cell of a notebook, lines elsewhere."""
+    if "ipykernel" not in sys.modules:  # which every notebook's kernel has loaded
+        return TerminalProgress()
+    from newllm_lib.notebook import NotebookProgress  # a room below, for users' convenience
+
+    return NotebookProgress()
 
 
 def _setup_and_folder(requested: RunConfig, fresh: bool, progress: Progress) -> tuple[Setup, Path, dict[str, Any]]:

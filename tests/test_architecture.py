@@ -45,12 +45,13 @@ ROOMS = [
     "runs",
     "sharing",
     "study",
+    "notebook",
     "cli",
 ]
 """In import order: a room imports from those above it only (design.md)."""
 
-EXCEPTIONS = {("model", "generate", "NewLLM.generate")}
-"""(room, imported room, function): `model.generate(...)` is a convenience for users, resolved when it is called."""
+EXCEPTIONS = {("model", "generate", "NewLLM.generate"), ("runs", "notebook", "_default_progress")}
+"""(room, imported room, function): conveniences for users, resolved when they are called."""
 
 HEAVY = {"torch", "numpy", "datasets", "matplotlib", "pandas", "ipywidgets"}
 

@@ -27,6 +27,11 @@ def printed(notebook):
     return "".join(output.text for output in outputs_of(notebook) if output.get("name") == "stdout")
 
 
+def shown(notebook):
+    """All HTML that its cells display, as it stands at the end."""
+    return "".join(output.data.get("text/html", "") for output in outputs_of(notebook) if "data" in output)
+
+
 def test_there_are_notebooks():
     assert [path.name for path in NOTEBOOKS] == ["00_quickstart.ipynb"]
 
@@ -50,9 +55,11 @@ def test_quickstart_twice_in_a_row(tmp_path, monkeypatch):
     assert "[the value of]" in text
     assert "perplexity" in text
     assert sum("image/png" in output.get("data", {}) for output in outputs_of(first)) == 1
+    assert shown(first).count("data:image/png;base64,") == 1  # the live curves
+    assert "10 of 10" in shown(first)
     folder = next((tmp_path / "results").glob("quickstart-*/"))
     assert runs.load(folder).record["status"] == "finished"
     assert {"report.md", "curves.png", "history.csv", "run.json", "model"} <= {found.name for found in folder.iterdir()}
     opened = sharing.open_bundle(folder.with_suffix(".zip"), tmp_path / "elsewhere")
     assert opened.best == runs.load(folder).best
-    assert f"already finished: {folder.relative_to(tmp_path)}" in printed(executed(path, tmp_path))
+    assert f"already finished: {folder.relative_to(tmp_path)}" in shown(executed(path, tmp_path))

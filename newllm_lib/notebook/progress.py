@@ -1,0 +1,364 @@
+"""What a notebook shows of a run that trains: what its history warns of, the page, the curves. Pure functions.
+
+Plain HTML and a picture, without widgets, scripts and style sheets: Jupyter, Colab, Kaggle and VS Code show it alike,
+in light and in dark, and a saved notebook keeps it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any, NamedTuple
+
+from newllm_lib import published
+from newllm_lib.progress import _duration
+from newllm_lib.report import best_row
+
+Row = dict[str, Any]
+"""A row of the history, as `Progress.validated` gets it."""
+
+
+# --- what a history warns of ------------------------------------------------------------------------------------
+
+
+def plateau(history: list[Row], unknown_share: float | None) -> str | None:
+    """Five validations that moved the perplexity by less than 1%, at the accuracy of saying <UNK> always.
+
+    unknown_share: the fraction of validation targets that are <UNK>; without any there is no such plateau.
+    """
+    last = history[-5:]
+    if len(last) < 5 or not unknown_share:
+        return None
+    values = [_number(row, "val_ppl") for row in last]
+    moved = max(values) / min(values) - 1 if all(map(math.isfinite, values)) else math.inf
+    at_share = all(abs(_number(row, "val_accuracy") - unknown_share) < 0.005 for row in last)
+    if moved >= 0.01 or not at_share:
+        return None
+    return (
+        f"plateau: over 5 validations the perplexity moved by {moved:.1%}, and the accuracy is the share of <UNK> "
+        f"({unknown_share:.1%}): the model says <UNK> and nothing else"
+    )
+
+
+def skipped_steps(history: list[Row]) -> str | None:
+    """Steps that were skipped since the validation before."""
+    counts = [0, *(row["skipped_steps"] or 0 for row in history[-2:])]
+    new = counts[-1] - counts[-2]
+    if new <= 0:
+        return None
+    return (
+        f"skipped steps: {new} since the validation before, {counts[-1]} in all, because gradients were not finite; "
+        "a few are normal in FP16, while the loss scale settles"
+    )
+
+
+def turning_up(history: list[Row]) -> str | None:
+    """Three validations in a row more than 1% above the best perplexity, the training loss below that of the best."""
+    best, last = best_row(history), history[-3:]
+    if best is None or len(last) < 3:
+        return None
+    above = all(_number(row, "val_ppl") > 1.01 * best["val_ppl"] for row in last)
+    falls = all(_number(row, "train_loss") < _number(best, "train_loss") for row in last)
+    if not (above and falls):
+        return None
+    return (
+        "validation turns up: three in a row at a perplexity more than 1% above the best, "
+        f"{best['val_ppl']:.2f} at epoch {best['epoch']:.2f}, while the training loss falls: more training makes the "
+        "model worse on new text"
+    )
+
+
+def findings(history: list[Row], unknown_share: float | None) -> dict[str, str]:
+    """What the newest row of a history warns of: kind -> text; empty where there is nothing to say."""
+    found = {
+        "plateau": plateau(history, unknown_share),
+        "skipped_steps": skipped_steps(history),
+        "turning_up": turning_up(history),
+    }
+    return {kind: text for kind, text in found.items() if text}
+
+
+class Spell(NamedTuple):
+    """A stretch of validations that all warned of the same thing."""
+
+    text: str
+    first_epoch: float
+    last_epoch: float
+    active: bool
+    """Whether the newest validation still warns of it."""
+
+
+def follow(spells: dict[str, Spell], history: list[Row], unknown_share: float | None) -> dict[str, Spell]:
+    """The newest spell of each kind (kind -> Spell), after a history that has one row more than `spells` knows."""
+    epoch = history[-1]["epoch"]
+    after = {kind: spell._replace(active=False) for kind, spell in spells.items()}
+    for kind, text in findings(history, unknown_share).items():
+        begun = spells[kind].first_epoch if kind in spells and spells[kind].active else epoch
+        after[kind] = Spell(text, begun, epoch, True)
+    return after
+
+
+def _number(row: Row, name: str) -> float:
+    """A value of a row; NaN, which is neither above nor below anything, where it has none."""
+    return math.nan if row[name] is None else row[name]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+LAST_ROWS, LAST_MESSAGES = 15, 40
+"""How much of the table and of the messages is shown."""
+
+BLUE, ORANGE, GREEN, GREY = "#3b8fd6", "#e07b22", "#2e9e5b", "#888888"
+"""Legible on white and on black; text and other lines take the colour of the page."""
+
+LINE = "1px solid rgba(128,128,128,.35)"
+MONOSPACE = "font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;font-size:12px"
+
+
+@dataclass
+class View:
+    """Everything that is on the page."""
+
+    record: dict[str, Any] | None = None
+    status: str = ""
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    loss: float = math.nan
+    tokens_per_second: float = math.nan
+    seconds: float | None = None
+    """Of training left, validation not counted; once the run has ended, since it was started or continued."""
+    rows: list[Row] = field(default_factory=list)
+    spells: dict[str, Spell] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    curves: str = ""
+    """A PNG in base64."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is to come."""
+        return self.status not in ("", "training", "validating")
+
+
+def page(view: View) -> str:
+    """HTML in the colours of the page around it; every text in it escaped."""
+    parts = (_title(view.record), _state(view), _notes(view), _picture(view.curves), _table(view.rows))
+    return f'<div style="max-width:960px;font-size:13px;line-height:1.45">{"".join(parts)}</div>'
+
+
+def summary(view: View) -> str:
+    """The page in one line, for where no HTML is shown."""
+    if not view.total_steps and view.messages:
+        return view.messages[-1]
+    best = best_row(view.rows)
+    parts = [
+        view.record["run"] if view.record else "training",
+        f"{view.status or 'not started'} at step {view.step:,} of {view.total_steps:,}",
+        f"best validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}" if best else "no validation yet",
+    ]
+    return "; ".join(parts)
+
+
+def _title(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    about = f"{record['data']['name']}, {record['parameters']:,} parameters"
+    return (
+        f'<div style="margin-bottom:4px"><b>{escape(record["run"])}</b> '
+        f'<span style="opacity:.7">{escape(about)}</span></div>'
+    )
+
+
+def _state(view: View) -> str:
+    """Where the run is, in cells of fixed width, and the bar."""
+    if not view.total_steps:
+        return ""
+    left = "–" if view.seconds is None else _duration(view.seconds)
+    cells = (
+        ("status", view.status),
+        ("epoch", f"{view.epoch:.2f}"),
+        ("step", f"{view.step:,} of {view.total_steps:,}"),
+        ("loss", _figure(view.loss, ".3f")),
+        ("tokens/s", _figure(view.tokens_per_second, ",.0f")),
+        ("ran for" if view.ended else "training left", left),
+    )
+    shown = "".join(
+        f'<div style="flex:1 1 0;min-width:84px;white-space:nowrap;overflow:hidden"><div style="opacity:.7;'
+        f'font-size:11px">{label}</div><div style="font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
+        for label, value in cells
+    )
+    done = view.status in ("finished", "stopped early")  # also when skipped steps leave fewer than were planned
+    share = 1.0 if view.status == "finished" else min(1.0, view.step / view.total_steps)
+    colour = GREEN if done else ORANGE if view.ended else BLUE
+    return (
+        f'<div style="display:flex;flex-wrap:wrap;gap:2px 12px">{shown}</div>'
+        f'<div style="height:8px;margin:4px 0 8px;border:{LINE};border-radius:4px;overflow:hidden">'
+        f'<div style="height:100%;width:{share:.2%};background:{colour}"></div></div>'
+    )
+
+
+def _notes(view: View) -> str:
+    """What the history warns of, then the messages, warnings marked."""
+    spells = sorted(view.spells.values(), key=lambda spell: not spell.active)
+    notes = [_note(f"{_when(spell)}: {spell.text}", True, spell.active) for spell in spells]
+    if (hidden := len(view.messages) - LAST_MESSAGES) > 0:
+        notes.append(_note(f"{hidden:>10}  earlier messages are not shown", False))
+    last = view.messages[-LAST_MESSAGES:]
+    notes += [_note(text.removeprefix("warning: "), text.startswith("warning: ")) for text in last]
+    return f'<div style="margin:6px 0">{"".join(notes)}</div>' if notes else ""
+
+
+def _note(text: str, warning: bool, active: bool = True) -> str:
+    # the indent continues a line of the plan under its text, right of the name in twelve columns
+    indent = "padding-left:1ch" if warning else "padding-left:13ch;text-indent:-12ch"
+    mark = "<b>\N{WARNING SIGN}\N{VARIATION SELECTOR-15} warning</b> " if warning else ""
+    edge = f"border-left:3px solid {ORANGE};margin:3px 0" if warning else "border-left:3px solid transparent"
+    style = f"{MONOSPACE};white-space:pre-wrap;overflow-wrap:anywhere;{indent};{edge}"
+    return f'<div style="{style}{"" if active else ";opacity:.6"}">{mark}{escape(text)}</div>'
+
+
+def _when(spell: Spell) -> str:
+    first, last = f"{spell.first_epoch:.2f}", f"{spell.last_epoch:.2f}"
+    if first == last:
+        return f"epoch {first}"
+    return f"since epoch {first}" if spell.active else f"epochs {first} to {last}"
+
+
+def _picture(curves: str) -> str:
+    if not curves:
+        return ""
+    return (
+        f'<img alt="loss, perplexity and accuracy over epochs" width="{CURVES_SIZE[0]}" height="{CURVES_SIZE[1]}" '
+        f'style="max-width:100%;height:auto" src="data:image/png;base64,{curves}">'
+    )
+
+
+def visible_rows(rows: list[Row]) -> tuple[list[Row], int]:
+    """The last rows, before them the best one where it is older, and how many are hidden."""
+    best, last = best_row(rows), rows[-LAST_ROWS:]
+    shown = last if best is None or any(row is best for row in last) else [best, *last]
+    return shown, len(rows) - len(shown)
+
+
+def _table(rows: list[Row]) -> str:
+    """The history, the best row marked."""
+    if not rows:
+        return ""
+    lossless = rows[-1].get("val_bits_per_byte") is not None
+    last = ("bits a byte", "val_bits_per_byte", ".4f") if lossless else ("known PPL", "val_ppl_known", ".2f")
+    columns = [
+        ("epoch", "epoch", ".2f"), ("step", "step", ",d"), ("train loss", "train_loss", ".4f"),
+        ("val loss", "val_loss", ".4f"), ("val PPL", "val_ppl", ".2f"), ("accuracy", "val_accuracy", ".2%"),
+        last, ("rate", "lr", ".2e"), ("seconds", "train_seconds", ",.1f"),
+    ]  # fmt: skip
+    best, (shown, hidden) = best_row(rows), visible_rows(rows)
+    lines = [_table_line("".join(_cell(title, "th") for title, _, _ in columns))]
+    for row in shown:
+        if hidden and row is rows[-LAST_ROWS]:  # the gap is just before the last rows
+            text = f"{hidden:,} earlier {'row is' if hidden == 1 else 'rows are'} not shown; history.csv has them all"
+            lines.append(_table_line(f'<td colspan="9" style="text-align:center;opacity:.7;padding:2px">{text}</td>'))
+        cells = [_figure(_number(row, name), form) for _, name, form in columns]
+        if row is best:
+            cells[0] = f"\N{BLACK STAR} {cells[0]}"
+        lines.append(_table_line("".join(map(_cell, cells)), marked=row is best))
+    style = f"width:100%;min-width:760px;table-layout:fixed;border-collapse:collapse;margin:6px 0;{MONOSPACE}"
+    return f'<div style="overflow-x:auto"><table style="{style}">{"".join(lines)}</table></div>'
+
+
+def _table_line(cells: str, marked: bool = False) -> str:
+    look = ";background:rgba(46,158,91,.22);font-weight:bold" if marked else ";background:transparent"
+    return f'<tr style="border-bottom:{LINE}{look}">{cells}</tr>'
+
+
+def _cell(text: str, tag: str = "td") -> str:
+    return f'<{tag} style="text-align:right;padding:2px 6px;white-space:nowrap;overflow:hidden">{text}</{tag}>'
+
+
+def _figure(value: float, form: str) -> str:
+    """A number that keeps to its cell: not finite as it is, huge in three digits."""
+    if not math.isfinite(value):
+        return "" if math.isnan(value) else "inf"
+    return f"{value:.2e}" if abs(value) >= 1e7 and form.endswith("f") else f"{value:{form}}"
+
+
+# --- the curves -------------------------------------------------------------------------------------------------
+
+CURVES_SIZE = (960, 270)
+"""Width and height on the page (CSS pixels)."""
+
+LOOK = {
+    "figure.figsize": (CURVES_SIZE[0] / 100, CURVES_SIZE[1] / 100), "figure.dpi": 150, "font.size": 8,
+    "axes.titlesize": 9, "legend.fontsize": 7, "legend.frameon": False, "lines.linewidth": 1.5,
+    "lines.markersize": 3, "axes.grid": True, "grid.alpha": 0.3, "axes.facecolor": "none", "figure.facecolor": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), GREY
+    ),
+}  # fmt: skip
+
+
+def curves_png(record: dict[str, Any] | None, history: list[Row]) -> bytes:
+    """Loss, perplexity and accuracy over epochs as a transparent PNG; the published curve dashed where it compares."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    name = record["preset"] if record and record["published_protocol"] else None
+    known = published.RUNS.get(name)
+    with style.context(["default", LOOK]):  # the user's own style stays out of it, and comes back
+        figure = Figure()
+        loss, ppl, accuracy = figure.subplots(1, 3)
+        figure.subplots_adjust(left=0.045, right=0.995, bottom=0.13, top=0.92, wspace=0.17)
+        epochs = [row["epoch"] for row in history]
+        loss.plot(epochs, _drawn(history, "train_loss"), "o-", color=ORANGE, label="training")
+        loss.plot(epochs, _drawn(history, "val_loss"), "o-", color=BLUE, label="validation")
+        ppl.plot(epochs, _drawn(history, "val_ppl"), "o-", color=BLUE, label="validation")
+        shares = [100 * share for share in _drawn(history, "val_accuracy")]
+        accuracy.plot(epochs, shares, "o-", color=BLUE, label="validation")
+        if known:
+            _draw_published(known, loss, ppl, accuracy)
+        if best := best_row(history):
+            ppl.plot(
+                best["epoch"], best["val_ppl"], "*", color=BLUE, markersize=10, label=f"best {best['val_ppl']:.2f}"
+            )
+        reached = [value for line in ppl.lines for value in line.get_ydata() if math.isfinite(value)]
+        if reached and max(reached) > 4 * min(reached):
+            _plain_log_scale(ppl)
+        for axes, title in ((loss, "loss (nats a token)"), (ppl, "perplexity"), (accuracy, "accuracy (%)")):
+            axes.set_title(title)
+            axes.set_xlabel("epochs", labelpad=1)
+            axes.legend()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+    data = io.BytesIO()
+    # 64 colours: a quarter of the bytes, which every update sends to the browser again
+    image.quantize(64, method=Image.Quantize.FASTOCTREE).save(data, "png", optimize=True)
+    return data.getvalue()
+
+
+def _plain_log_scale(axes) -> None:
+    """A log axis with plain numbers, several to a decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _drawn(history: list[Row], name: str) -> list[float]:
+    """A column, NaN where a number is missing or not finite: a gap in the curve."""
+    return [value if math.isfinite(value) else math.nan for value in (_number(row, name) for row in history)]
+
+
+def _draw_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:
+    dashed = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "label": "published"}
+    if known.curve:
+        ppl.plot(*zip(*known.curve, strict=True), **dashed)
+    if known.losses:
+        epochs, _, validation, share = zip(*known.losses, strict=True)
+        loss.plot(epochs, validation, **dashed)
+        accuracy.plot(epochs, share, **dashed)
