@@ -121,7 +121,6 @@ def train(
         progress.close()
         return Run(folder)
     recorder = Recorder(trainer, folder, earlier)
-    progress.begin(recorder.record, trainer.state.history)
     if not trainer.state.step:
         for name, text in recorder.record["plan"]:
             progress.message(f"{name:>10}  {text}")
@@ -129,6 +128,7 @@ def train(
         progress.message(f"warning: precision {setup.precision.name}: {setup.precision.reason}")
     if reason := recorder.record["faithful_reason"]:
         progress.message(f"warning: not faithful to the published run: {reason}")
+    progress.begin(recorder.record, trainer.state.history)
     return _fit(trainer, recorder, progress)
 
 
@@ -217,6 +217,7 @@ def _fit(trainer: Trainer, recorder: Recorder, progress: Progress) -> Run:
         recorder.write(status)
         if status == "interrupted":
             _tell_how_to_continue(trainer, progress)
+        progress.close()  # once more: now the record says how it ended
     return Run(recorder.folder)
 
 
