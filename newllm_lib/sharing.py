@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from newllm_lib import report
 from newllm_lib.card import model_card
 from newllm_lib.checkpoint import Checkpoints, export_model, load_checkpoint, load_exported, sidecar
 from newllm_lib.files import write_atomic, write_text_atomic
@@ -33,6 +34,8 @@ MAX_BUNDLE_BYTES = 8 << 30
 _MAX_FILES = 1000
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_DEPTH = 3
+_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error)
+"""What zipfile raises for bytes that it cannot read; RuntimeError where they are encrypted or packed in another way."""
 _CHUNK = 1 << 20
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member, so that the same run gives the same file."""
@@ -150,7 +153,7 @@ def open_bundle(
                     _extract(archive, member, entry, unpacked / member, path)
                 _check_run(unpacked, path)
                 unpacked.rename(folder)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error) as error:
+    except _ZIP_ERRORS as error:
         raise BundleError(f"{path}: not a readable zip file ({error}): download it again") from error
     return Run(folder)
 
@@ -167,16 +170,17 @@ def _manifest(archive: zipfile.ZipFile, path: Path, max_bytes: int) -> dict[str,
         raise BundleError(f"{path}: {MANIFEST} is larger than {_MAX_MANIFEST_BYTES:,} bytes")
     try:
         manifest = json.loads(archive.read(MANIFEST))
-        version, files, _ = int(manifest["format_version"]), manifest["files"], manifest["run"]
-        sizes = {name: operator.index(entry["bytes"]) for name, entry in files.items()}
-        hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
+        version, _ = int(manifest["format_version"]), manifest["run"]
+        sizes = {name: operator.index(entry["bytes"]) for name, entry in manifest["files"].items()}
+        for entry in manifest["files"].values():
+            bytes.fromhex(entry["sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{path}: {MANIFEST} cannot be read ({error})") from error
     if version > BUNDLE_VERSION:
         raise BundleError(f"{path}: bundle version {version}, this library reads up to {BUNDLE_VERSION}; upgrade it")
     for member in members:
         _check_member(member, path)
-    if set(names) - {MANIFEST} != set(sizes) or set(hashes) != set(sizes):
+    if set(names) - {MANIFEST} != set(sizes):
         odd = sorted((set(names) - {MANIFEST}) ^ set(sizes))
         raise BundleError(f"{path}: members and {MANIFEST} differ: {', '.join(odd[:4])}")
     for name, size in sizes.items():
@@ -210,25 +214,24 @@ def _folder_name(name: str, path: Path) -> str:
 
 
 def _extract(archive: zipfile.ZipFile, member: str, entry: dict[str, Any], target: Path, path: Path) -> None:
-    """Write one member, never more than its recorded size, and compare its hash."""
+    """Write one member and compare its hash; zipfile never gives more than the size that the manifest agreed with."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest, left = hashlib.sha256(), int(entry["bytes"])
+    digest = hashlib.sha256()
     with archive.open(member) as source, open(target, "wb") as file:
         while chunk := source.read(_CHUNK):
-            left -= len(chunk)
-            if left < 0:
-                raise BundleError(f"{path}: {member} is larger than the {entry['bytes']:,} bytes recorded")
             digest.update(chunk)
             file.write(chunk)
-    if left or digest.hexdigest() != entry["sha256"]:
+    if digest.hexdigest() != entry["sha256"]:
         raise BundleError(f"{path}: {member} is damaged: its sha256 is not the recorded {entry['sha256'][:16]}…")
 
 
 def _check_run(folder: Path, path: Path) -> None:
     """BundleError where the files cannot be used: their hashes match, so the fault is the sender's."""
     try:
-        Run(folder).history if (folder / "history.csv").is_file() else None
-        repr(Run(folder))
+        run = Run(folder)
+        repr(run)  # what the command prints of it
+        if (folder / "history.csv").is_file():
+            report.read_history(folder)
         load_model(folder)
     except Exception as error:  # a record from elsewhere may be wrong in any way
         raise BundleError(f"{path}: its files are whole, but are no run ({type(error).__name__}: {error})") from error

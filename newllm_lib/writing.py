@@ -118,8 +118,9 @@ class Writer:
             if token == EOS:
                 self.reset()
                 break
-            yield pieces.push(token)
-            self._begun = pieces.unfinished
+            piece = pieces.push(token)
+            self._begun = pieces.unfinished  # before the caller may leave
+            yield piece
             if pieces.stopped or number == max_new_tokens:
                 break
         yield pieces.flush(whole=not self._begun)

@@ -227,3 +227,14 @@ def test_rooms_without_torch_import_under_python_3_13(python_3_13):
     script = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module('newllm_lib.' + name)"
     script += "\nprint('torch' in sys.modules)"
     assert run_with(python_3_13, script, *rooms).strip() == "False"
+
+
+def test_the_top_level_holds_what_the_design_names_and_nothing_else(repository):
+    """A stray download at the top was committed once."""
+    if not (repository / ".git").exists():
+        pytest.skip("not a checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True).stdout
+    assert {name.split("/")[0] for name in tracked.splitlines()} == {
+        ".ci", ".gitignore", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "newllm_lib",
+        "notebooks", "pyproject.toml", "results", "setup.py", "tests",
+    }  # fmt: skip

@@ -244,7 +244,7 @@ def test_what_is_too_large_is_refused_before_it_is_unpacked(run, tmp_path):
     refused(lying, tmp_path / "r", "small is 1 bytes, recorded are -1,000,000", max_bytes=10**6)
 
 
-def test_a_member_that_is_larger_than_recorded_is_cut_off(run, tmp_path):
+def test_a_member_of_another_size_than_recorded_is_refused(run, tmp_path):
     members = members_of(bundle(run, tmp_path / "b.zip"))
     manifest = json.loads(members[MANIFEST])
     manifest["files"]["report.md"]["bytes"] = 10
@@ -276,6 +276,7 @@ def test_flipped_bytes_are_found(run, tmp_path):
         ({"run": ".hidden"}, "'.hidden' is no name for a folder"),
         ({"files": []}, "cannot be read"),
         ({"format_version": "new"}, "cannot be read"),
+        ({"files": {"run.json": {"sha256": 7, "bytes": 1}}}, "cannot be read"),
         ({"files": {"run.json": {"sha256": "", "bytes": 1e400}}}, "cannot be read"),
     ],
 )

@@ -200,3 +200,13 @@ def test_one_stop_text_may_stand_alone_and_one_prompt_may_not(model):
     assert alone == listed
     with pytest.raises(ValueError, match="prompts = 'w1': must be a list of texts"):
         generate_texts(model, TOKENIZER, "w1")
+
+
+def test_a_stream_left_within_a_character_gives_it_out_whole_later(model, monkeypatch):
+    ids = iter([4, 5, 6] * 2)
+    monkeypatch.setattr("newllm_lib.generate.sample", lambda *rest: torch.tensor([next(ids)]))
+    writer = Writer(model, ByteTokenizer())
+    stream = writer.write("", 9)
+    assert [next(stream), next(stream)] == ["", ""]
+    stream.close()
+    assert "".join(writer.write("", 4)) == "€€"
