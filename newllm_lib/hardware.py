@@ -179,6 +179,29 @@ def reset_peak_memory(machine: Machine) -> None:
         torch.cuda.reset_peak_memory_stats(machine.device)
 
 
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's allocator and driver, cuBLASLt, NCCL
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cudaerrormemoryallocation",
+    "not enough memory",  # torch's CPU allocator on Windows
+    "can't allocate memory",  # the same on Linux
+    "cannot allocate memory",  # the system's own words, as mmap gives them
+    "unable to allocate",  # NumPy
+)
+"""How errors say, in lower case, that memory has run out, besides by their type."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's or the machine's memory has run out, in any of the usual wordings.
+
+    Before another try leave the `except` block: its traceback keeps the tensors of the failed one alive.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 def environment(machine: Machine) -> dict[str, Any]:
     """What a reader needs to repeat a run: versions, commit, device, memory."""
     versions = {"python": platform.python_version()}

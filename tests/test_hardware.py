@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from newllm_lib import hardware
-from newllm_lib.hardware import Machine, choose_precision, default_batch_size, detect, environment
+from newllm_lib.hardware import (
+    Machine,
+    choose_precision,
+    default_batch_size,
+    detect,
+    environment,
+    is_out_of_memory,
+)
 
 
 def gpu(name, *capability):
@@ -139,3 +146,37 @@ def test_the_commit_is_that_of_a_checkout_which_holds_the_library(monkeypatch, t
 
 def test_peak_memory_of_this_process():
     assert 2**24 < hardware.peak_memory_bytes(OLD_CPU) < 2**40
+
+
+# --- out of memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=str,
+)
+def test_memory_that_has_run_out_is_known_in_every_wording(error):
+    assert is_out_of_memory(error)
+
+
+def test_the_allocator_of_this_machine_is_understood():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("x")]
+)
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error)
