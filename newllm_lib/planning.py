@@ -19,7 +19,7 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
     that a run goes on as it began. ValueError when the configuration does not fit the data or the machine.
     """
     decided = decided or {}
-    train = config.train
+    requested, train = config, config.train
     machine = detect(train.device, train.threads)
     precision = _precision(train.precision, decided.get("precision"), machine)
     wanted = decided.get("engine", "auto") if train.engine == "auto" else train.engine
@@ -34,6 +34,7 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
     check_batch(config, train_split)
     return Setup(
         config=config,
+        requested=requested,
         prepared=prepared,
         identity=identity,
         machine=machine,

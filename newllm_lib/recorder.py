@@ -66,6 +66,7 @@ class Recorder:
             ),
             "environment": environment(setup.machine),
             "config": setup.config.to_dict(),
+            "requested": setup.requested.to_dict(),
         }
 
     def _faithful(self, earlier: dict[str, Any]) -> tuple[bool | None, str | None]:

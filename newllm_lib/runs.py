@@ -52,6 +52,17 @@ class Run:
         return RunConfig.from_dict(self.record["config"])
 
     @property
+    def requested(self) -> RunConfig:
+        """The configuration that was asked for: `train(run.requested)` continues the run, in a folder of any name."""
+        asked = RunConfig.from_dict(self.record.get("requested") or self.record["config"])
+        return asked.replace(name=self.folder.name, results_dir=str(self.folder.parent))
+
+    @property
+    def report(self) -> str:
+        """report.md without the curves, which are a file of their own (Markdown)."""
+        return (self.folder / "report.md").read_text(encoding="utf-8").replace("![curves](curves.png)\n\n", "")
+
+    @property
     def best(self) -> dict[str, Any] | None:
         """The row of the history with the lowest validation loss."""
         return self.record["best"]

@@ -68,6 +68,9 @@ class Setup:
     """A run with every decision made: what `plan` shows and `Trainer` carries out."""
 
     config: RunConfig
+    """Every field decided, as far as it matters for this run."""
+    requested: RunConfig
+    """What was asked for, with what it leaves open; `train` continues a run that is asked for in the same way."""
     prepared: Prepared
     identity: str
     machine: Machine
@@ -274,6 +277,7 @@ class Trainer:
             "run": self.checkpoints.run,
             "identity": setup.identity,
             "config": setup.config.to_dict(),
+            "requested": setup.requested.to_dict(),
             "data_fingerprint": setup.prepared.fingerprint,
             "tokenizer": setup.prepared.tokenizer.to_dict(),
             "model": self.model.state_dict(),

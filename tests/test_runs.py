@@ -315,6 +315,32 @@ def test_a_batch_left_to_the_hardware_is_decided_recorded_and_kept(config):
     assert again.config.train.batch_size == again.record["decided"]["batch_size"] == 16
 
 
+def test_what_was_asked_for_continues_a_run_and_what_was_decided_is_another(config):
+    begun = nl.train(config, batch_size=None, name="mine", progress=Quiet())
+    assert begun.requested.train.batch_size is None and begun.config.train.batch_size > 0
+    longer = nl.train(begun.requested, epochs=3, progress=Quiet())
+    assert (longer.folder, longer.record["identity"]) == (begun.folder, begun.record["identity"])
+    assert longer.record["step"] > begun.record["step"]
+    with pytest.raises(CheckpointError, match="of a run with other settings"):
+        nl.train(begun.config, name="mine", epochs=4, progress=Quiet())
+    moved = begun.folder.rename(begun.folder.with_name("elsewhere"))
+    assert (moved.name, "elsewhere") == ("elsewhere", nl.load(moved).requested.name)
+
+
+def test_a_record_without_what_was_asked_for_falls_back_to_what_was_decided(done):
+    place = Path("results/done/run.json")
+    record = json.loads(place.read_text())
+    del record["requested"]
+    place.write_text(json.dumps(record))
+    assert nl.load("results/done").requested == nl.load("results/done").config.replace(name="done")
+
+
+def test_the_report_without_the_picture(done):
+    whole = Path("results/done/report.md").read_text()
+    assert whole.count("![curves](curves.png)\n\n") == 1
+    assert nl.load("results/done").report == whole.replace("![curves](curves.png)\n\n", "")
+
+
 def test_a_substituted_precision_is_told_again_when_a_run_goes_on(config, monkeypatch):
     machine = Machine(device="cpu", name="Some CPU", memory_bytes=2**34, cpu_flags=frozenset({"avx512_bf16"}))
     monkeypatch.setattr(planning, "detect", lambda *_args: machine)

@@ -1,0 +1,47 @@
+"""Gives every notebook beside it the one set-up cell of setup_cell.py, and strips outputs and widget state.
+
+`python notebooks/tidy.py` writes what has to change and names it; with `--check` it changes nothing, and its exit
+status is the number of notebooks that are not tidy.
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbstripout import strip_output
+
+FOLDER = Path(__file__).resolve().parent
+MARK = "# @title Set-up"
+
+
+def tidy(text: str, setup_cell: str) -> str:
+    """A notebook's JSON as it should lie in the project; ValueError where it has no or several set-up cells."""
+    notebook = nbformat.reads(text, as_version=4)
+    setups = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(MARK)]
+    if len(setups) != 1:
+        raise ValueError(f"has {len(setups)} cells that begin with {MARK!r}: must be one")
+    setups[0].source = setup_cell.rstrip("\n")
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:02d}"  # the same in every checkout, whoever saved it
+    stripped = strip_output(notebook, keep_output=False, keep_count=False, extra_keys=["metadata.widgets"])
+    return nbformat.writes(stripped) + "\n"
+
+
+def main() -> int:
+    """Tidy every notebook; the number of those that were not tidy, with --check, else 0."""
+    check, untidy = "--check" in sys.argv[1:], 0
+    setup_cell = (FOLDER / "setup_cell.py").read_text(encoding="utf-8")
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        text = path.read_text(encoding="utf-8")
+        wanted = tidy(text, setup_cell)
+        if text == wanted:
+            continue
+        untidy += 1
+        print(f"{path.name}: {'is not tidy' if check else 'tidied'}")
+        if not check:
+            path.write_text(wanted, encoding="utf-8")
+    return untidy if check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
