@@ -36,8 +36,10 @@ _HOMES = {
     "export": "sharing",
     "bundle": "sharing",
     "open_bundle": "sharing",
+    "gather": "gathering",
+    "side_by_side": "gathering",
 }
-_MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware")
+_MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware", "probe")
 
 __all__ = list(_HOMES) + list(_MODULES)
 

@@ -24,9 +24,10 @@ elif source and not importlib.util.find_spec("newllm_lib"):
             "\n".join(line for line in found if re.fullmatch(r"[\w.-]+==\d[\d.]*((a|b|rc|\.\w|\+)[\w.]+)?", line))
         )
         installed.flush()
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", installed.name, source]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    failure = f"pip could not install {source}:\n{done.stderr.strip()}\n" if done.returncode else ""
+        pip = [sys.executable, "-m", "pip", "install", "--progress-bar=off", "--constraint", installed.name, source]
+        done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    said = "\n".join(f"  {line}" for line in done.stdout.splitlines() if line.strip())[-1500:]
+    failure = f"pip could not install {source}:\n{said}\n\n" if done.returncode else ""
     importlib.invalidate_caches()
 if not importlib.util.find_spec("newllm_lib"):
     problem = ModuleNotFoundError(

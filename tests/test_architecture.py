@@ -44,6 +44,7 @@ ROOMS = [
     "importing",
     "runs",
     "sharing",
+    "gathering",
     "study",
     "notebook",
     "cli",

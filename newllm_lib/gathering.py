@@ -1,0 +1,72 @@
+"""Runs wherever they lie: folders, bundles and patterns, found and put beside each other."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from newllm_lib.runs import Run
+from newllm_lib.sharing import BundleError, open_bundle
+from newllm_lib.writing import generate_texts
+
+
+def gather(
+    places: str | Path | Iterable[str | Path],
+    *,
+    results_dir: str | Path = "results",
+    report: Callable[[str], None] = print,
+) -> list[Run]:
+    """The trained runs in folders and bundles, each once, in the order of `places`; bundles go to `results_dir`.
+
+    A place with `*`, `?` or `[` is a pattern: of what it finds, only runs and bundles count, and `report` tells what
+    is left out and why. A place that is named must be a run: FileNotFoundError, FileExistsError or ValueError if not.
+    """
+    places = [places] if isinstance(places, (str, Path)) else places
+    found: dict[Path, Run] = {}
+    for place in places:
+        if not glob.has_magic(str(place)):
+            run = _run_at(Path(place), results_dir)
+            if run is None:
+                raise FileNotFoundError(f"{place}: no run's folder and no bundle")
+            found.setdefault(run.folder.resolve(), run)
+            continue
+        for path in map(Path, sorted(glob.glob(str(place)))):
+            try:
+                run = _run_at(path, results_dir)
+            except (BundleError, OSError, ValueError) as error:
+                report(f"left out: {error}")
+                continue
+            if run is not None and run.best is None:
+                report(f"left out: {path}: has no validation behind it yet")
+            elif run is not None:
+                found.setdefault(run.folder.resolve(), run)
+    return list(found.values())
+
+
+def _run_at(path: Path, results_dir: str | Path) -> Run | None:
+    """The run of a folder or a bundle, None where the path is neither."""
+    if (path / "run.json").is_file():
+        return Run(path)
+    if path.suffix == ".zip" and path.is_file():
+        return open_bundle(path, results_dir)
+    return None
+
+
+def side_by_side(runs: Sequence[Run], prompts: Sequence[str], *, seed: int = 0, **options):
+    """How each run's best model continues the same prompts: a pandas DataFrame, a row a prompt, a column a run.
+
+    Options as for `generate_texts`; every model draws from the same seed. ValueError where there is no run or prompt.
+    """
+    import pandas
+
+    if not runs or isinstance(prompts, str) or not prompts:
+        raise ValueError("side_by_side(runs, prompts) needs at least one run and a list of at least one prompt")
+    names = [run.folder.name for run in runs]
+    columns = {
+        name if names.count(name) == 1 else str(run.folder): [
+            text.prompt + text.text for text in generate_texts(run.model, run.tokenizer, prompts, seed, **options)
+        ]
+        for name, run in zip(names, runs, strict=True)
+    }
+    return pandas.DataFrame(columns, index=pandas.Index(prompts, name="prompt"))

@@ -1,0 +1,124 @@
+"""The notebooks' set-up cell, run in environments that have the requirements, but not the library."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CELL = Path(__file__).resolve().parent.parent / "notebooks" / "setup_cell.py"
+
+
+def run_cell(python, folder, **environment):
+    """What the cell printed, as IPython shows it; `environment` is added to this one's."""
+    script = (
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        f"done = InteractiveShell.instance().run_cell(open({str(CELL)!r}).read())\n"
+        "raise SystemExit(not done.success)"
+    )
+    # only what the environment itself has: IPython would add that of VIRTUAL_ENV
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = own | {"IPYTHONDIR": str(Path(python).parent)} | environment
+    command = [python, "-s", "-c", script]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def wheel(repository, tmp_path_factory):
+    """The library as a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(repository),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return next(folder.glob("newllm_lib-*.whl"))
+
+
+@pytest.fixture
+def python(tmp_path):
+    """The interpreter of a new environment with all packages of this one but the library (by links to them)."""
+    command = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")]
+    subprocess.run(command, check=True)
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "newllm" not in entry.name and not entry.name.endswith(".pth"):
+            (packages / entry.name).symlink_to(entry)
+    site = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
+    (site / "others.pth").write_text(f"{packages}\n")
+    (tmp_path / "empty").mkdir()
+    return str(tmp_path / "venv" / "bin" / "python")
+
+
+def versions(python):
+    script = "import importlib.metadata as m\nprint(sorted({f'{d.name}=={d.version}' for d in m.distributions()}))"
+    listed = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True, check=True)
+    return set(eval(listed.stdout))
+
+
+def test_a_checkout_is_used_from_within_and_from_beside(repository, python, tmp_path):
+    (tmp_path / "newllm_lib").symlink_to(repository)  # as `git clone` leaves it in Colab's /content
+    for folder in (repository / "notebooks", repository, tmp_path):
+        done = run_cell(python, folder)
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.splitlines()[0].endswith("newllm_lib/newllm_lib" if folder == tmp_path else "newllm_lib")
+        assert done.stdout.splitlines()[1].startswith("torch 2.")
+
+
+@pytest.mark.parametrize("way", ["source", "beside"])
+def test_a_wheel_is_installed_and_nothing_else_changes(wheel, python, tmp_path, way):
+    folder, before = tmp_path / "empty", versions(python)
+    if way == "beside":
+        (folder / wheel.name).symlink_to(wheel)
+        (folder / "newllm_lib-0.0.1-py3-none-any.whl").write_bytes(b"an older one, not taken")
+    done = run_cell(python, folder, **({"NEWLLM_SOURCE": str(wheel)} if way == "source" else {}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "site-packages/newllm_lib" in done.stdout.splitlines()[0]
+    assert versions(python) - before == {"newllm_lib==0.1.0"}
+    again = run_cell(python, folder, NEWLLM_SOURCE="/nowhere.whl")  # already there: pip is not even asked
+    assert again.stdout == done.stdout
+
+
+def test_a_source_that_wants_to_replace_something_is_refused(wheel, python, tmp_path):
+    """The same wheel, but asking for a torch that is not the one installed."""
+    greedy = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(greedy, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("METADATA"):
+                content = content.replace(b"Requires-Dist: tqdm>=4.67", b"Requires-Dist: tqdm<4.60")
+            target.writestr(name, content)
+    before = versions(python)
+    done = run_cell(python, tmp_path / "empty", NEWLLM_SOURCE=str(greedy))
+    assert done.returncode == 1
+    assert "pip could not install" in done.stdout
+    assert "newllm-lib 0.1.0 depends on tqdm<4.60" in done.stdout
+    assert versions(python) == before
+
+
+def test_nothing_to_install_from_gives_one_red_message_with_the_remedies(python, tmp_path):
+    done = run_cell(python, tmp_path / "empty", NEWLLM_SOURCE="")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stdout.startswith("\x1b[31mnewllm_lib is not here. One of these brings it:")
+    for remedy in ("NEWLLM_SOURCE", "newllm_lib-*.whl", "a clone of the project"):
+        assert remedy in done.stdout
+
+
+def test_an_address_that_does_not_work_is_told_with_pips_own_reason(python, tmp_path):
+    done = run_cell(python, tmp_path / "empty", NEWLLM_SOURCE="missing-0.1-py3-none-any.whl")
+    assert done.returncode == 1
+    assert "pip could not install missing-0.1-py3-none-any.whl" in done.stdout
+    assert done.stdout.count("One of these brings it") == 1
