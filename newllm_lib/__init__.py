@@ -37,6 +37,7 @@ _HOMES = {
     "bundle": "sharing",
     "open_bundle": "sharing",
     "gather": "gathering",
+    "extended": "continuing",
     "side_by_side": "gathering",
 }
 _MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware", "probe")

@@ -45,6 +45,7 @@ ROOMS = [
     "runs",
     "sharing",
     "gathering",
+    "continuing",
     "study",
     "notebook",
     "cli",

@@ -1,0 +1,77 @@
+"""Runs that go on further than they were planned."""
+
+import pytest
+from tiny import tiny_config, write_text
+
+import newllm_lib as nl
+from newllm_lib.progress import Progress
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path / "text")
+
+
+def trained(text, tmp_path, **changes):
+    return nl.train(tiny_config(text, results_dir=str(tmp_path / "results"), **changes), progress=Progress())
+
+
+def test_a_constant_rate_just_goes_on(text, tmp_path):
+    run = trained(text, tmp_path)
+    steps = run.record["step"] // 2  # an epoch
+    longer = nl.train(nl.extended(run, epochs=5, patience=30), progress=Progress())
+    assert (longer.folder, longer.record["step"]) == (run.folder, 5 * steps)
+    assert (longer.config.train.decay_steps, longer.config.train.patience) == (None, 30)
+    whole = trained(text, tmp_path, epochs=5, patience=30, name="whole")
+    assert longer.best["val_loss"] == whole.best["val_loss"]
+
+
+def test_a_decaying_rate_gets_a_new_end(text, tmp_path):
+    run = trained(text, tmp_path, lr_schedule="cosine", epochs=2)
+    steps = run.record["step"] // 2
+    config = nl.extended(run, epochs=4)
+    assert config.train.decay_steps == 4 * steps
+    longer = nl.train(config, progress=Progress())
+    assert (longer.folder, longer.record["step"]) == (run.folder, 4 * steps)
+    assert longer.history.lr.iloc[-1] < 0.2 * longer.history.lr.max()
+    assert nl.extended(longer, epochs=6).train.decay_steps == 6 * steps  # not the end before
+    assert nl.extended(longer, epochs=6, decay_steps=99).train.decay_steps == 99
+
+
+def test_by_steps_and_with_the_batch_that_the_hardware_gave(text, tmp_path):
+    run = trained(text, tmp_path, batch_size=None, epochs=None, max_steps=2)
+    longer = nl.train(nl.extended(run, max_steps=5), progress=Progress())
+    assert (longer.folder, longer.record["step"]) == (run.folder, 5)
+
+
+def test_the_same_text_in_another_place(text, tmp_path):
+    run = trained(text, tmp_path)
+    text.rename(tmp_path / "moved")
+    longer = nl.train(nl.extended(run, epochs=3, data=str(tmp_path / "moved")), progress=Progress())
+    assert longer.record["step"] == run.record["step"] * 3 // 2
+
+
+def test_a_run_that_is_that_long_already_and_other_runs_are_refused(text, tmp_path):
+    run = trained(text, tmp_path)
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"epochs = 2: tiny-\w+ has already trained \d+ steps \(2.00 epochs\)"):
+        nl.extended(run, epochs=2)
+    with pytest.raises(ValueError, match="give the new total as one of them"):
+        nl.extended(run)
+    with pytest.raises(ValueError, match="give the new total as one of them"):
+        nl.extended(run, epochs=5, max_steps=100)
+    with pytest.raises(ValueError, match=r"dropout = 0.5: is 0.2 in tiny-\w+; another value makes another run"):
+        nl.extended(run, epochs=5, dropout=0.5)
+    with pytest.raises(ValueError, match="unknown setting 'patiance'"):
+        nl.extended(run, epochs=5, patiance=3)
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_opened_from_a_bundle_goes_on(text, tmp_path):
+    run = trained(text, tmp_path)
+    file = nl.bundle(run, tmp_path / "run.zip", checkpoint=True)
+    expected = nl.train(nl.extended(run, epochs=4), progress=Progress())
+    opened = nl.open_bundle(file, tmp_path / "elsewhere")
+    longer = nl.train(nl.extended(opened, epochs=4), progress=Progress())
+    assert longer.folder.parent == tmp_path / "elsewhere"
+    assert longer.best["val_loss"] == expected.best["val_loss"]
