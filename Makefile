@@ -1,9 +1,11 @@
 # make demo: install, train on the text that every Python carries, show what comes out.
 # make test: install what the tests need, run the whole suite.
+# make test-notebooks: every notebook without a browser, twice in a row, here and with Colab's versions.
+# make test-browser: the notebooks in JupyterLab and in classic Notebook (Colab's versions), in a headless Chromium.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-notebooks test-browser lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/newllm train quickstart --data builtin --batch-size 32 --max-steps 120 --validate-every-steps 20 --name demo
@@ -12,12 +14,22 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -n 2
 
+test-notebooks: export NEWLLM_JUPYTER = $(abspath $(VENV))/bin/jupyter
+test-notebooks: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter
+test-notebooks: $(VENV)/.installed-dev $(VENV)-colab/.installed
+	$(VENV)/bin/python -m pytest -n 2 tests/test_notebooks.py tests/browser/test_headless.py
+
+test-browser: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter
+test-browser: export NEWLLM_JUPYTER_LAB = $(abspath $(VENV)-jupyterlab)/bin/jupyter
+test-browser: $(VENV)/.installed-dev $(VENV)-colab/.installed $(VENV)-jupyterlab/.installed
+	$(VENV)/bin/python -m pytest -n 2 --dist loadscope tests/browser/test_stacks.py tests/browser/test_in_a_browser.py
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-colab $(VENV)-jupyterlab build *.egg-info
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; assert (3, 11) <= v < (3, 14), f"newllm_lib needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.11"'
@@ -27,4 +39,10 @@ $(VENV)/.installed: setup.py constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# A Jupyter of its own for each list of versions in tests/browser; modules that are never used are not compiled.
+$(VENV)-%/.installed: tests/browser/%.txt constraints.txt setup.py
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check --no-compile --requirement $< --editable .
 	touch $@

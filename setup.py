@@ -25,9 +25,18 @@ setup(
         "click>=8.1",
         "sentencepiece>=0.2",
         "ipywidgets>=7.7",
+        "gdown>=5.2",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6.17"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "nbclient>=0.10",
+            "ipykernel>=6.17",
+            "playwright>=1.50",
+        ],
     },
     entry_points={"console_scripts": ["newllm = newllm_lib.cli:main"]},
 )

@@ -14,7 +14,7 @@ import random
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from newllm_lib.config import ModelConfig, build
-from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.config import ModelConfig
+from newllm_lib.files import copy_atomic, sha256_of, write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
+from newllm_lib.settings import build
 from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -126,7 +127,8 @@ def _record(path: Path, entries: list[dict[str, Any]]) -> None:
 def _recorded(path: Path) -> list[dict[str, Any]]:
     """The contents that the sidecar names, the newest first; empty without a readable sidecar."""
     try:
-        return json.loads(sidecar(path).read_text(encoding="utf-8"))["contents"]
+        entries = json.loads(sidecar(path).read_text(encoding="utf-8"))["contents"]
+        return [entry for entry in entries if {"sha256", "step", "bytes"} <= set(entry)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -153,6 +155,56 @@ def recorded_step(path: Path) -> int:
         return -1
 
 
+def current_entry(path: Path) -> dict[str, Any] | None:
+    """What the sidecar records of a checkpoint ("sha256", "step", "bytes"); None without a record."""
+    return next(iter(_current(path)), None)
+
+
+def verified_entry(path: Path, recorded: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The entry of the sidecar, or of `recorded`, that a checkpoint's content matches; CheckpointError where none."""
+    entries = [*_recorded(path), *recorded]
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    for entry in entries:
+        if entry["sha256"] == digest:
+            return entry
+    if not entries:
+        raise CheckpointError(f"{path}: no recorded hash, so its content cannot be verified")
+    raise _damaged(path, digest, entries)
+
+
+def _damaged(path: Path, digest: str, entries: list[dict[str, Any]]) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: damaged: sha256 is {digest[:16]}…, recorded was {entries[0]['sha256'][:16]}… "
+        f"({path.stat().st_size} of {entries[0]['bytes']} bytes)"
+    )
+
+
+def valid_step(path: Path) -> int:
+    """The step of a checkpoint whose content verifies, or can be read where nothing is recorded; -1 otherwise."""
+    try:
+        return int(verified_entry(path)["step"])
+    except CheckpointError:
+        return -1 if sidecar(path).exists() else recorded_step(path)
+
+
+def copy_checkpoint(
+    source: Path, target: Path, entry: dict[str, Any], alive: Callable[[], None] = lambda: None
+) -> None:
+    """Copy a checkpoint with the record of its content, as `verified_entry` gives it; until then the old one stands.
+
+    `alive`, ChangedError and OSError as for `copy_atomic`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    previous = _current(target)
+    _record(target, [entry, *previous])
+    copy_atomic(source, target, entry["sha256"], alive)
+    if previous:
+        _record(target, [entry])
+
+
 def load_checkpoint(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """The payload of a checkpoint on the CPU, its hash verified; CheckpointError names the file and the reason.
 
@@ -165,10 +217,7 @@ def load_checkpoint(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     entries = _recorded(path)
     digest = hashlib.sha256(data).hexdigest()
     if entries and digest not in {entry["sha256"] for entry in entries}:
-        raise CheckpointError(
-            f"{path}: damaged: sha256 is {digest[:16]}…, recorded was {entries[0]['sha256'][:16]}… "
-            f"({len(data)} of {entries[0]['bytes']} bytes)"
-        )
+        raise _damaged(path, digest, entries)
     payload = _read(data, path)
     if not entries:
         warn(f"{path}: no recorded hash beside it ({sidecar(path).name}), so its content cannot be verified")

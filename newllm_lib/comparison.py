@@ -23,13 +23,6 @@ PUBLISHED_SHAPES = {"l4_5_layers": {"num_layers": 5}, "l4_advanced": {"context_d
 """Where the model of a published run is not the baseline's."""
 
 
-def _duration(seconds: float) -> str:
-    for unit, name, least in ((3600, "h", 3), (60, "min", 10)):
-        if seconds >= least * unit or (seconds and seconds % unit == 0):
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds:.0f} s"
-
-
 _TEXT, _COUNT, _RATIO = ("object", str), ("Int64", "{:,}".format), ("float", "{:.2f}".format)
 _MILLIONS, _GIB = ("Int64", lambda n: f"{n / 1e6:.3g} M"), ("Int64", lambda n: f"{n / 2**30:.2f} GiB")
 COLUMNS = {  # name: type in pandas, format, and title where it is printed
@@ -42,7 +35,7 @@ COLUMNS = {  # name: type in pandas, format, and title where it is printed
     "val_accuracy": ("float", "{:.1%}".format, "accuracy"), "val_ppl_known": (*_RATIO, "known PPL"),
     "val_bits_per_byte": ("float", "{:.4f}".format, "bits/byte"), "val_word_ppl": (*_RATIO, "word PPL"),
     "epochs": (*_RATIO, "epochs"), "steps": (*_COUNT, "steps"), "tokens_seen": (*_MILLIONS, "tokens"),
-    "train_seconds": ("float", _duration, "time"), "tokens_per_second": ("float", "{:,.0f}".format, "tokens/s"),
+    "train_seconds": ("float", report.duration, "time"), "tokens_per_second": ("float", "{:,.0f}".format, "tokens/s"),
     "status": (*_TEXT, "status"), "folder": (*_TEXT, ""), "note": (*_TEXT, ""),
 }  # fmt: skip
 """Scores are those of the best validation, costs those up to the last one; seconds are of training alone."""
@@ -123,11 +116,12 @@ class Comparison:
         ]
 
     def frame(self):
-        """The rows as a pandas DataFrame, numbered from 1; `.attrs` holds the notes and the groups in words."""
+        """The rows as a pandas DataFrame, numbered from 1; `.attrs`: notes, groups, and all as Markdown text."""
         import pandas
 
         frame = pandas.DataFrame(self.rows()).set_index("number").astype({name: COLUMNS[name][0] for name in COLUMNS})
-        frame.attrs = {"notes": self.notes, "groups": {name: str(scored) for name, scored in self.groups.items()}}
+        groups = {name: str(scored) for name, scored in self.groups.items()}
+        frame.attrs = {"notes": self.notes, "groups": groups, "text": table_text(self)}
         return frame
 
     def to_json(self) -> str:
@@ -140,7 +134,8 @@ def compare(runs, *, published: bool = True, out: str | Path | None = None):
     """The runs beside each other and, where scores compare, beside the published ones, as a pandas DataFrame.
 
     runs: folders, or objects with a `.folder`; at least one. Perplexities are ranked (`rank`, 1 = best) only within a
-    `group`; `.attrs["notes"]` says why groups do not compare. `out`: a folder for comparison.md, .csv, .json and .png.
+    `group`; `.attrs["notes"]` says why groups do not compare, `.attrs["text"]` is what one reads. `out`: a folder for
+    comparison.md, .csv, .json and .png.
     FileNotFoundError or ValueError names a folder that holds no run or a damaged one.
     """
     comparison = collect(runs, published=published)
@@ -385,7 +380,7 @@ def _scale_cost(axes, what: str, low: float, high: float) -> None:
     if what == "train_seconds":
         every = ticker.MultipleLocator(next((time for time in _TIMES if high <= 6 * time), high))
         axes.xaxis.set_major_locator(ticker.FixedLocator(_TIMES[::3]) if high > 20 * low else every)
-        axes.xaxis.set_major_formatter(lambda seconds, _: _duration(seconds))
+        axes.xaxis.set_major_formatter(lambda seconds, _: report.duration(seconds))
 
 
 def _scale_perplexity(axes, low: float, high: float) -> None:

@@ -1,54 +1,28 @@
 """What a run is made of: keyword-only dataclasses, validated when they are built, without torch.
 
-Every field carries its unit in the docstring under it and its allowed values in its metadata; the shell's
-options, the checks and (later) the notebook's sliders are all made from these two.
+How a field is declared and checked stands in `settings`.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import hashlib
-import inspect
-import itertools
 import json
 import math
 import operator
-import os
-import textwrap
-import types
 import typing
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+
+from newllm_lib.settings import Checked, build, field_docs, field_types, setting
 
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
 PAD, UNK, BOS, EOS = range(4)
 
 IDENTITY_VERSION = 1
 """Raise it when a default or the meaning of a field changes, so that old and new runs get different names."""
-
-
-def setting(default, low=None, high=None, *, open_low=False, open_high=False, choices=None, identity=True):
-    """A dataclass field with its allowed range; `identity=False` where it does not define a run's result."""
-    allowed = dict(low=low, high=high, open_low=open_low, open_high=open_high, choices=choices, identity=identity)
-    return field(default=default, metadata=allowed)
-
-
-class Checked:
-    """Base of the configuration classes: validation, documentation and serialisation from the fields alone."""
-
-    def __post_init__(self):
-        hints = field_types(type(self))
-        for item in dataclasses.fields(self):
-            value = _convert(getattr(self, item.name), hints[item.name])
-            object.__setattr__(self, item.name, value)
-            _check(type(self).__name__, item.name, value, hints[item.name], item.metadata)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists, strings and numbers, ready for JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +109,9 @@ class TrainConfig(Checked):
     """Optimizer steps after which training ends (steps); none = as many as epochs give."""
     batch_size: int | None = setting(32, 1, 1_000_000)
     """Sequences in one optimizer step (stream layout: parallel lanes); none = by the hardware."""
+    batch_policy: str = setting("recipe", choices=("recipe", "fill", "fast"))
+    """recipe = batch_size as it is, in pieces where memory is short; fill = the largest batch that fits 90 % of it;
+    fast = the smallest batch within 5 % of the best speed. The last two replace batch_size, and lr_rule the rate."""
     micro_batch_size: int | None = setting(None, 1, 1_000_000, identity=False)
     """Sequences in one forward and backward pass, gradients accumulated; none = the whole batch."""
     optimizer: str = setting("adam", choices=("adam", "adamw", "muon"))
@@ -182,11 +159,13 @@ class TrainConfig(Checked):
     max_skipped_steps: int = setting(20, 1, 1_000_000, identity=False)
     """FP16 steps in a row with non-finite gradients after which training stops (steps)."""
     eval_batch_size: int = setting(256, 1, 1_000_000, identity=False)
-    """Sequences in one forward pass of the evaluation (windows layout only)."""
+    """Sequences, or lanes of a stream, in one forward pass of the evaluation."""
     seed: int = setting(42, 0, 2**63 - 1)
     """Seed of the initial weights, the order of the batches and the dropout."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
     """Number format of the matrix products; auto = by the hardware."""
+    emulate_precision: bool = setting(False, identity=False)
+    """Compute in that format even where the hardware lacks it: the same rounding, slowly; else in the nearest one."""
     device: str = setting("auto", identity=False)
     """auto, cpu, cuda, cuda:1, ..."""
     engine: str = setting("auto", identity=False)
@@ -229,6 +208,8 @@ class RunConfig(Checked):
     """Folder of the run under results_dir; none = <preset>-<6 hex digits of the run's identity>."""
     results_dir: str = setting("results", identity=False)
     """Folder that holds the runs."""
+    mirror_dir: str | None = setting(None, identity=False)
+    """Folder that keeps a second, verified copy of each run, for example on a mounted drive; none = nowhere."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape and initial values of the model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -308,88 +289,3 @@ def flat_fields() -> dict[str, FlatField]:
                 item.name, section, hints[item.name], docs[item.name], item.default, item.metadata
             )
     return found
-
-
-@cache
-def field_types(cls: type) -> dict[str, Any]:
-    """Resolved annotations of a configuration class."""
-    return typing.get_type_hints(cls)
-
-
-@cache
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a configuration class, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    docs = {}
-    for line, following in itertools.pairwise(body):
-        if isinstance(line, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[line.target.id] = inspect.cleandoc(following.value.value)
-    return docs
-
-
-def build(cls: type, values: dict[str, Any]):
-    """`cls(**values)`, where an unknown key is an error that names it and the known ones."""
-    known = {item.name for item in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return cls(**values)
-
-
-def allowed_types(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Whole numbers where a float is wanted, and lists (as JSON has them) where a tuple is."""
-    kinds = allowed_types(hint)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        return float(value)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, list):
-        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-    if isinstance(value, tuple):
-        return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
-    return value
-
-
-def _check(owner: str, name: str, value: Any, hint: Any, allowed: typing.Mapping[str, Any]) -> None:
-    kinds = allowed_types(hint)
-    plain = tuple(typing.get_origin(kind) or kind for kind in kinds)
-    good = isinstance(value, plain) and not (isinstance(value, bool) and bool not in plain)
-    if good and value is not None and not isinstance(value, bool):
-        if isinstance(value, (int, float)) and allowed:
-            good = _in_range(value, allowed)
-        if allowed.get("choices"):
-            good = value in allowed["choices"]
-    if not good:
-        raise ValueError(f"{owner}.{name} = {value!r}: must be {describe_allowed(hint, allowed)}")
-
-
-def _in_range(value: float, allowed: typing.Mapping[str, Any]) -> bool:
-    low, high = allowed["low"], allowed["high"]
-    above = low is None or (value > low if allowed["open_low"] else value >= low)
-    below = high is None or (value < high if allowed["open_high"] else value <= high)
-    return above and below
-
-
-def describe_allowed(hint: Any, allowed: typing.Mapping[str, Any]) -> str:
-    """What a field accepts, in words: 'a whole number from 1 to 65536, or none'."""
-    kinds = allowed_types(hint)
-    if allowed.get("choices"):
-        text = "one of " + ", ".join(allowed["choices"])
-    elif int in kinds or float in kinds:
-        low, high = allowed["low"], allowed["high"]
-        text = "a whole number" if int in kinds else "a number"
-        text += f" {'above' if allowed['open_low'] else 'from'} {low:g}" if float in kinds else f" from {low}"
-        if high is not None:
-            text += f" {'to below' if allowed['open_high'] else 'to'} " + (f"{high:g}" if float in kinds else f"{high}")
-    elif bool in kinds:
-        text = "true or false"
-    elif str in kinds:
-        text = "text"
-    else:
-        text = getattr(hint, "__name__", str(hint))
-    return text + (", or none" if type(None) in kinds else "")

@@ -1,10 +1,53 @@
-"""A run that goes on further than it was planned."""
+"""Runs that go on: found on this machine, in a copy or in a file, and carried on further than they were planned."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from newllm_lib import report
+from newllm_lib.adopting import adopt
 from newllm_lib.config import RunConfig, flat_fields
+from newllm_lib.fetching import fetch
+from newllm_lib.mirror import Mirror
 from newllm_lib.planning import make_setup
 from newllm_lib.runs import Run
+
+
+def find_run(
+    place: str | Path = "",
+    *,
+    results_dir: str | Path = "results",
+    mirror_dir: str | Path | None = None,
+    sha256: str | None = None,
+    tell: Callable[[str], None] = print,
+) -> Run | None:
+    """A run to continue, brought to `results_dir` if it lies elsewhere.
+
+    place: a run's folder, a bundle with a checkpoint, a checkpoint file, or the id of such a file on Google Drive
+    (`sha256` is then what its content must be); empty = the newest run of `results_dir` and of its copies in
+    `mirror_dir`, None where there is none. Errors as of `fetch` and `adopt`.
+    """
+    if place and (Path(place) / "run.json").is_file():
+        return Run(place)
+    if place:
+        return adopt(fetch(place, Path(results_dir) / "downloads", sha256), results_dir)
+    records = {folder: record for where in (results_dir, mirror_dir) if where for folder, record in _runs_in(where)}
+    if not records:
+        return None
+    newest = max(records, key=lambda folder: (folder / "run.json").stat().st_mtime)
+    folder = Path(results_dir) / newest.name
+    if mirror_dir:
+        Mirror(folder, mirror_dir, records[newest]["identity"]).restore(tell)
+    return Run(folder)
+
+
+def _runs_in(where: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Folders with runs that can go on, and their records."""
+    folders = [path.parent for path in Path(where).glob("*/run.json")]
+    records = [(folder, report.read_record(folder)) for folder in folders]
+    return [(folder, record) for folder, record in records if record["status"] != "imported"]
 
 
 def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = None, **changes) -> RunConfig:
@@ -12,7 +55,7 @@ def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = Non
 
     A rate that decays to an end gets the new end of the run as its own. changes: fields that define no result
     (patience, mirror_dir, ...), and `data` where the same text now lies in another place. ValueError where the run is
-    already that long, or a change would make another run of it.
+    longer already, or a change would make another run of it.
     """
     if (epochs is None) == (max_steps is None):
         raise ValueError(f"epochs = {epochs}, max_steps = {max_steps}: give the new total as one of them")
@@ -23,11 +66,11 @@ def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = Non
         config = config.replace(decay_steps=None)
     setup = make_setup(config)
     done = run.record.get("step", 0)
-    if setup.total_steps <= done:
+    if setup.total_steps < done:
         asked_for = f"epochs = {epochs}" if epochs else f"max_steps = {max_steps}"
         raise ValueError(
             f"{asked_for}: {run.folder.name} has already trained {done:,} steps "
-            f"({done / setup.steps_per_epoch:.2f} epochs): must be more"
+            f"({done / setup.steps_per_epoch:.2f} epochs): must be as much or more"
         )
     if config.train.lr_schedule != "constant" and config.train.decay_steps is None:
         config = config.replace(decay_steps=setup.total_steps)

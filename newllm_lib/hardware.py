@@ -85,10 +85,11 @@ def detect(device: str = "auto", threads: int | None = None) -> Machine:
     )
 
 
-def choose_precision(requested: str, machine: Machine) -> Precision:
+def choose_precision(requested: str, machine: Machine, emulate: bool = False) -> Precision:
     """The format to use for `requested` (auto, fp32, bf16, fp16) on a machine, and why.
 
-    GPUs are judged by compute capability: `torch.cuda.is_bf16_supported()` says yes on a T4, which emulates it.
+    `emulate` keeps a format that is not native: torch then rounds to it and accumulates in FP32, slowly. GPUs are
+    judged by compute capability: `torch.cuda.is_bf16_supported()` says yes on a T4, which emulates it.
     """
     if requested not in ("auto", *DTYPES):
         raise ValueError(f"precision = {requested!r}: must be one of auto, {', '.join(DTYPES)}")
@@ -101,6 +102,8 @@ def choose_precision(requested: str, machine: Machine) -> Precision:
         return Precision(best, why)
     if requested in native:
         return Precision(requested, "as requested")
+    if emulate:
+        return Precision(requested, f"not native to {machine.name}: emulated, its rounding is real, its speed is not")
     return Precision(best, f"{requested} is not native to {machine.name}; nearest is {best}: {why}", substituted=True)
 
 

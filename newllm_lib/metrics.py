@@ -7,6 +7,7 @@ sums over the targets that are not `<UNK>` (softmax over the whole vocabulary).
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.nn.functional import linear, pad
 
 from newllm_lib.buffers import BUFFERS
 from newllm_lib.config import PAD, UNK
-from newllm_lib.hardware import Precision
+from newllm_lib.hardware import Precision, is_out_of_memory
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import ENGINES
 from newllm_lib.text.prepare import Split
@@ -67,9 +68,9 @@ class MetricSums:
         """Count nll (N,), correct (N,) and the real targets (N,) they belong to."""
         known = targets != UNK
         rows = torch.stack([nll.double(), correct.double(), torch.ones_like(nll, dtype=torch.float64)])
-        self._sums = self._sums + torch.cat([rows.sum(1), (rows * known).sum(1)])
-        if self._token_bytes is not None:
-            self._bytes = self._bytes + self._token_bytes[targets].sum()
+        sums = self._sums + torch.cat([rows.sum(1), (rows * known).sum(1)])
+        size = self._bytes if self._token_bytes is None else self._bytes + self._token_bytes[targets].sum()
+        self._sums, self._bytes = sums, size  # both or none: memory may run out before, and the batch comes again
 
     def result(self) -> Metrics:
         """The metrics of all that was added; ValueError when nothing was."""
@@ -91,6 +92,23 @@ class MetricSums:
         )
 
 
+def fewer_rows(rows: int, failure: str) -> int:
+    """Half as many rows (rounded up) to compute at a time after memory ran out; MemoryError where it was one row.
+
+    Frees what the failed try has left behind. Call it outside of the `except` block, whose traceback keeps the tensors
+    of the try alive; failure: what its error said.
+    """
+    gc.collect()
+    BUFFERS.release()
+    torch.cuda.empty_cache()
+    if rows == 1:
+        raise MemoryError(
+            f"memory ran out with one sequence at a time ({' '.join(failure.split())[:300]}). Less is needed by a "
+            "smaller model (hidden_dim, num_layers, vocab_size) and by a shorter sequence_length"
+        )
+    return -(-rows // 2)
+
+
 @torch.no_grad()
 def evaluate_split(
     model: NewLLM,
@@ -99,30 +117,53 @@ def evaluate_split(
     precision: Precision,
     batch_size: int = 256,
     engine: Callable = ENGINES["reference"],
+    fewer: Callable[[int, str], int] = fewer_rows,
 ) -> Metrics:
     """Scores of a model on a split, without dropout; the model's training mode is left as it was.
 
-    Windows are read `batch_size` rows at a time, each from an empty context; a stream is read in order, its lanes
-    side by side, with the context carried over.
+    Windows are read `batch_size` at a time, each from an empty context; a stream is read in order, its lanes side by
+    side (`batch_size` of them at most), with the context carried over. Where memory runs out, the same rows come
+    again, from then on as many at a time as `fewer(rows, failure)` says; MemoryError where one is too many.
     """
     device = model.output.weight.device
     ids = torch.from_numpy(split.ids)
     token_bytes = None if split.token_bytes is None else torch.from_numpy(split.token_bytes).to(device)
-    sums, context = MetricSums(token_bytes, split.bytes_per_word), None
+    sums, context, size = MetricSums(token_bytes, split.bytes_per_word), None, batch_size
     was_training = model.training
     model.eval()
     try:
         for rows in ids if split.carries_context else ids.split(batch_size):
-            batch = rows.to(device, torch.int64)
-            targets = batch[:, 1:]
-            with precision.autocast(device.type):
-                hidden, after = model.hidden(batch[:, :-1], context, (targets != PAD).sum(1), engine=engine)
-                nll, correct = token_losses(hidden, model.head, targets)
-            context = after if split.carries_context else None
-            sums.add(nll, correct, targets[targets != PAD])
+            parts: list[Tensor] = []
+            done = 0
+            while done < len(rows):
+                part, failure = slice(done, done + size), None
+                before = None if context is None else context[part]
+                try:
+                    parts.append(_score(model, rows[part].to(device, torch.int64), before, precision, engine, sums))
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failure = str(error)
+                if failure is None:
+                    done += size
+                else:
+                    size = fewer(min(size, len(rows) - done), failure)
+            context = torch.cat(parts) if split.carries_context else None
     finally:
         model.train(was_training)
     return sums.result()
+
+
+def _score(
+    model: NewLLM, batch: Tensor, context: Tensor | None, precision: Precision, engine: Callable, sums: MetricSums
+) -> Tensor:
+    """Add the scores of ids (B, S) int64 to the sums; returns the context (B, C) after them."""
+    targets = batch[:, 1:]
+    with precision.autocast(batch.device.type):
+        hidden, after = model.hidden(batch[:, :-1], context, (targets != PAD).sum(1), engine=engine)
+        nll, correct = token_losses(hidden, model.head, targets)
+    sums.add(nll, correct, targets[targets != PAD])
+    return after
 
 
 def perplexity(nll: float, tokens: float) -> float:
@@ -150,7 +191,8 @@ def token_losses(hidden: Tensor, head: tuple[Tensor, Tensor], targets: Tensor) -
     with torch.autocast(hidden.device.type, enabled=False):
         places = real.reshape(-1).nonzero().squeeze(1)
         count = len(places)
-        places = pad(places, (0, -count % _ROW_STEP))  # with the first row, whose extra losses are cut off again
+        # with the first row, whose extra losses are cut off again; at least once, for there may be no target at all
+        places = pad(places, (0, -count % _ROW_STEP if count else _ROW_STEP))
         rows, wanted = (
             hidden.reshape(-1, hidden.shape[-1]).to(dtype).index_select(0, places),
             targets.reshape(-1)[places],

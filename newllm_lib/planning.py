@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 from newllm_lib import presets, published, schedule
-from newllm_lib.config import FlatField, ModelConfig, RunConfig, flat_fields
+from newllm_lib.config import FlatField, ModelConfig, RunConfig, TrainConfig, flat_fields
 from newllm_lib.hardware import Machine, Precision, choose_precision, default_batch_size, detect
 from newllm_lib.recurrence.selfcheck import choose_engine
+from newllm_lib.report import duration
 from newllm_lib.text.prepare import Prepared, Split, prepare
 from newllm_lib.trainer import Setup
 
 
 def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepared: Prepared | None = None) -> Setup:
-    """Read the data (if they are not `prepared` yet) and decide what the configuration leaves open.
+    """Read the data (if they are not `prepared` yet, for a run of the same text) and decide what is left open.
 
-    `decided` holds what an earlier part of the same run recorded (batch_size, precision, engine); it is kept, so
-    that a run goes on as it began. ValueError when the configuration does not fit the data or the machine.
+    `decided` holds what an earlier part of the same run recorded (batch_size, micro_batch_size, precision, engine); it
+    is kept, so that a run goes on as it began. A batch that a policy is yet to find starts as the recipe's, or the
+    machine's. ValueError when the configuration does not fit the data or the machine.
     """
     decided = decided or {}
     requested, train = config, config.train
     machine = detect(train.device, train.threads)
-    precision = _precision(train.precision, decided.get("precision"), machine)
+    precision = _precision(train, decided.get("precision"), machine)
     wanted = decided.get("engine", "auto") if train.engine == "auto" else train.engine
     engine = choose_engine(wanted, precision, machine.device)
-    prepared = prepared or prepare(config)
+    prepared = prepared.under(config) if prepared else prepare(config)
     identity = config.identity(prepared.fingerprint)  # of what was asked for: what is left open stays open in it
     config = prepared.config
-    if train.batch_size is None:
+    found = "batch_size" in decided and train.batch_policy != "recipe"
+    if train.batch_size is None or train.batch_policy != "recipe":
         most = largest_batch(prepared.split("train", lanes=1), config)
-        config = config.replace(batch_size=decided.get("batch_size", min(most, default_batch_size(machine))))
+        start = min(most, train.batch_size or default_batch_size(machine))
+        config = config.replace(batch_size=decided.get("batch_size", start))
+    if train.micro_batch_size is None:
+        config = config.replace(micro_batch_size=decided.get("micro_batch_size"))
     train_split = prepared.split("train", config.train.batch_size)
     check_batch(config, train_split)
     return Setup(
@@ -43,15 +50,27 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
         train_split=train_split,
         validation_split=prepared.split("validation"),
         rate=schedule.peak_rate(config.train, config.model.num_parameters),
+        batch_reason=f"{train.batch_policy}: as this run began" if found else "",
     )
 
 
-def _precision(requested: str, decided: str | None, machine: Machine) -> Precision:
+def with_batch(setup: Setup, batch_size: int, micro_batch_size: int | None = None, reason: str = "") -> Setup:
+    """The same run with another batch: its rate by the rule, its stream in as many lanes."""
+    config = setup.config.replace(batch_size=batch_size, micro_batch_size=micro_batch_size)
+    split = setup.train_split
+    if split.carries_context and split.ids.shape[1] != batch_size:
+        split = setup.prepared.split("train", batch_size)
+    rate = schedule.peak_rate(config.train, config.model.num_parameters)
+    return dataclasses.replace(setup, config=config, train_split=split, rate=rate, batch_reason=reason)
+
+
+def _precision(train: TrainConfig, decided: str | None, machine: Machine) -> Precision:
     """What an earlier part of the run used, or what was asked for, or the best of the machine."""
-    chosen = choose_precision(decided or requested, machine)
+    requested, emulate = train.precision, train.emulate_precision
+    chosen = choose_precision(decided or requested, machine, emulate)
     if decided is None or chosen.substituted:
         return chosen
-    wanted = choose_precision(requested, machine)
+    wanted = choose_precision(requested, machine, emulate)
     if wanted.substituted and wanted.name == decided:
         return wanted
     if requested in ("auto", decided):
@@ -100,6 +119,25 @@ def is_published_protocol(setup: Setup) -> bool:
     return setup.validation_split.digest == published.VALIDATION_DIGEST
 
 
+class Speed(NamedTuple):
+    """How fast a run trains here, and how that is known."""
+
+    tokens_per_second: float
+    """Real targets, validation left out."""
+    basis: str
+    """In words: what was measured, and what was scaled to it."""
+
+    def training_seconds(self, setup: Setup) -> float:
+        """Of the whole run, validations left out."""
+        return setup.total_steps * setup.train_split.num_tokens / setup.steps_per_epoch / self.tokens_per_second
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters that multiply each token: the token half of the first layer is looked up, not multiplied."""
+    h, c = config.hidden_dim, config.context_dim
+    return h * c + (config.num_layers - 1) * h * h + 3 * c * h + config.vocab_size * h
+
+
 def memory_estimate_bytes(setup: Setup) -> int:
     """Training memory beside torch itself: weights, gradients, optimizer, and what the backward pass keeps."""
     train, model = setup.config.train, setup.config.model
@@ -108,20 +146,37 @@ def memory_estimate_bytes(setup: Setup) -> int:
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
     slots = rows * (setup.config.data.sequence_length - 1)
     width = 4 if setup.precision.name == "fp32" else 2
-    # 1.25: what allocators keep; fits within 10 % the growth measured at batch 128 and 512 (results/LOG.md)
-    return fixed + int(1.25 * slots * _bytes_per_slot(model, width)) + (64 << 20)
+    of_slots = _reference_bytes if setup.engine.name == "reference" else _packed_bytes
+    return fixed + of_slots(model, width, slots)
 
 
-def _bytes_per_slot(model: ModelConfig, width: int) -> int:
-    """What the reference engine keeps for one slot: each layer's output (and mask), the gates in FP32, the ends."""
+def _reference_bytes(model: ModelConfig, width: int, slots: int) -> int:
+    """What the reference engine keeps for each slot: a layer's output (and mask), the gates in FP32, the ends."""
     layers = model.num_layers * model.hidden_dim * (2 * width + 1 if model.dropout else width)
     gates = model.context_dim * (3 * width + 11 * 4)
-    ends = (model.embed_dim + 2 * model.hidden_dim) * (4 + width)
-    return layers + gates + ends
+    ends = (model.embed_dim + 2 * model.hidden_dim) * (4 + width) + model.vocab_size * width
+    # 1.25: what allocators keep; fits within 10 % the growth measured at batch 128 and 512 (results/LOG.md)
+    return int(1.25 * slots * (layers + gates + ends)) + (64 << 20)
 
 
-def plan_lines(setup: Setup, folder: str, decay_steps: int | None = None) -> list[tuple[str, str]]:
-    """(what, how much and why) for each decision, ready to print; `decay_steps` where a run has settled its own."""
+def _packed_bytes(model: ModelConfig, width: int, slots: int) -> int:
+    """What the fused engine keeps: every output once, and a block of the backward loop's gradients twice.
+
+    Within 15 % of the growth measured at batch 32 to 2048, in bf16 and FP32.
+    """
+    layers = model.num_layers * model.hidden_dim + 3 * model.context_dim
+    ends = 4 * model.hidden_dim + model.context_dim + model.vocab_size
+    kept = slots * (width * (layers + ends) + 4 * model.context_dim)
+    return int(1.1 * kept) + min(slots, 1 << 14) * 2 * width * layers + (128 << 20)
+
+
+def plan_lines(
+    setup: Setup, folder: str, decay_steps: int | None = None, speed: Speed | None = None
+) -> list[tuple[str, str]]:
+    """(what, how much and why) for each decision, ready to print.
+
+    decay_steps: where a run has settled its own; speed: where it is known, for a line on the time.
+    """
     config, train_split, validation = setup.config, setup.train_split, setup.validation_split
     model, train = config.model, config.train
     micro = train.micro_batch_size
@@ -139,13 +194,17 @@ def plan_lines(setup: Setup, folder: str, decay_steps: int | None = None) -> lis
         ("precision", f"{setup.precision.name}: {setup.precision.reason}"),
         ("engine", f"{setup.engine.name}: {setup.engine.reason}"),
         ("batch", f"{train.batch_size} sequences, about {tokens_per_step:,.0f} tokens a step"
-                  + (f", {micro} at a time" if micro else "")),
+                  + (f", {micro} at a time" if micro else "")
+                  + (f"; {setup.batch_reason}" if setup.batch_reason else "")),
         ("steps", f"{setup.total_steps:,} ({setup.steps_per_epoch:,} an epoch, "
                   f"{setup.total_steps / setup.steps_per_epoch:.2f} epochs)"),
         ("rate", _rate_line(setup, decay_steps)),
         ("memory", f"about {memory_estimate_bytes(setup) / 2**30:.1f} GiB for training, of "
                    f"{setup.machine.memory_bytes / 2**30:.1f} GiB (an estimate from the shapes)"),
     ]  # fmt: skip
+    if speed:
+        lines.append(("time", f"about {duration(speed.training_seconds(setup))} of training, validation not counted "
+                              f"({speed.tokens_per_second:,.0f} tokens/s, {speed.basis})"))  # fmt: skip
     return lines
 
 
@@ -165,6 +224,8 @@ def _sequences_line(setup: Setup) -> str:
 def _rate_line(setup: Setup, decay_steps: int | None) -> str:
     train = setup.config.train
     text = f"{setup.rate.value:.3g}: {setup.rate.reason}"
+    if train.batch_policy != "recipe" and train.lr is not None:
+        text += "; it does not follow the batch that was found, unless lr is none"
     if train.optimizer == "muon":
         text += f"; Muon {train.muon_lr:g} on the hidden matrices"
     course = f"; {train.lr_schedule}"

@@ -1,12 +1,20 @@
-"""How a run tells what it is doing: one observer, silent or as plain lines in a terminal."""
+"""How a run tells what it is doing (one observer, silent or as plain lines in a terminal), and is told to stop."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from newllm_lib.diagnose import Spell, follow
+from newllm_lib.mirror import Safety
+from newllm_lib.report import duration
 
 
 class Progress:
@@ -26,6 +34,9 @@ class Progress:
 
     def validated(self, row: dict[str, Any], best: bool) -> None:
         """A row was added to the history."""
+
+    def watch(self, safety: Callable[[], Safety]) -> None:
+        """A copy of the run is kept from here on; `safety` tells at any time how safe the work is."""
 
     def close(self) -> None:
         """The run has ended, in whatever way."""
@@ -52,6 +63,22 @@ class TerminalProgress(Progress):
         self._started: tuple[float, int] | None = None
         self._last_line = 0.0
         self._header_shown = False
+        self._unknown_share: float | None = None
+        self._history: list[dict[str, Any]] = []
+        self._spells: dict[str, Spell] = {}
+        self._safety: Callable[[], Safety] | None = None
+        self._told_safety: list[Safety] = []
+
+    def begin(self, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """Print what the rows so far warn of at their end."""
+        self._unknown_share = record["validation"]["unknown_share"]
+        self._history, self._spells = [], {}
+        for row in history:
+            self._history.append(row)
+            self._spells = follow(self._spells, self._history, self._unknown_share)
+        for spell in self._spells.values():
+            if spell.active:
+                self.message(f"warning: {spell}")
 
     def message(self, text: str) -> None:
         """Print above the bar."""
@@ -61,6 +88,7 @@ class TerminalProgress(Progress):
 
     def step(self, step: int, total_steps: int, epoch: float, loss: float, tokens_per_second: float) -> None:
         """Move the bar, or print a line when the last one is old enough."""
+        self._tell_safety()
         now = time.monotonic()
         if self._started is None:
             self._started, self._last_line = (now, step - 1), now
@@ -69,8 +97,8 @@ class TerminalProgress(Progress):
             self._move_bar(step, total_steps, epoch, detail)
         elif now - self._last_line >= self._line_seconds:
             begun, first = self._started
-            left = (now - begun) / (step - first) * (total_steps - step)
-            self.message(f"step {step}/{total_steps} (epoch {epoch:.2f}): {detail}, {_duration(left)} left")
+            left = (now - begun) / max(1, step - first) * (total_steps - step)
+            self.message(f"step {step}/{total_steps} (epoch {epoch:.2f}): {detail}, {duration(left)} left")
             self._last_line = now
 
     def _move_bar(self, step: int, total_steps: int, epoch: float, detail: str) -> None:
@@ -93,11 +121,32 @@ class TerminalProgress(Progress):
             self._bar.set_postfix_str("validating", refresh=True)
 
     def validated(self, row: dict[str, Any], best: bool) -> None:
-        """Print the row, the first time under its heading."""
+        """Print the row, the first time under its heading; and what it warns of, unless the row before did too."""
         if not self._header_shown:
             self.message(HEADER)
             self._header_shown = True
         self.message(table_line(row, best))
+        self._history.append(row)
+        before, self._spells = self._spells, follow(self._spells, self._history, self._unknown_share)
+        for kind, spell in self._spells.items():
+            was_active = kind in before and before[kind].active
+            if spell.active and not was_active:
+                self.message(f"warning: {spell.text}")
+            elif was_active and not spell.active and kind == "plateau":
+                self.message(f"the plateau of epochs {spell.first_epoch:.2f} to {spell.last_epoch:.2f} is over")
+
+    def watch(self, safety: Callable[[], Safety]) -> None:
+        """Print how safe the work is when that changes: the first copy, each kind of trouble once, and its end."""
+        self._safety, self._told_safety = safety, []
+
+    def _tell_safety(self) -> None:
+        safety, told = self._safety() if self._safety else None, self._told_safety
+        if safety is None or safety.kind in ("local", "copying"):
+            return
+        known = told[-1:] if safety.safe else told
+        if safety.kind not in {before.kind for before in known}:
+            told.append(safety)
+            self.message(f"{'' if safety.safe else 'warning: '}copy: {safety.text}")
 
     def close(self) -> None:
         """Remove the bar."""
@@ -106,9 +155,29 @@ class TerminalProgress(Progress):
             self._bar = None
 
 
-def _duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3 h 5 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a flag, the second into KeyboardInterrupt."""
+
+    def __init__(self, progress: Progress):
+        self.requested = False
+        self._progress = progress
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handlers of this object inside, those from before restored after; nothing outside the main thread."""
+        self.requested = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._progress.message("stopping after this step, then saving; press Ctrl-C again to stop at once")

@@ -16,6 +16,7 @@ from newllm_lib.generate import generate
 from newllm_lib.hardware import environment
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import is_published_protocol, plan_lines, unfaithful_reason
+from newllm_lib.probe import estimate_speed
 from newllm_lib.trainer import Trainer
 
 SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
@@ -46,10 +47,14 @@ class Recorder:
             "faithful_reason": reason,
             "decided": {
                 "batch_size": setup.config.train.batch_size,
+                "micro_batch_size": setup.config.train.micro_batch_size,
                 "precision": setup.precision.name,
                 "engine": setup.engine.name,
             },
-            "plan": plan_lines(setup, str(self.folder), self.trainer.state.decay_steps),
+            "plan": plan_lines(
+                setup, str(self.folder), self.trainer.state.decay_steps, estimate_speed(setup, measure=False)
+            ),
+            "decay_steps": self.trainer.state.decay_steps,
             "data": {
                 "name": setup.prepared.corpus_name,
                 "fingerprint": setup.prepared.fingerprint,

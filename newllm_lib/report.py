@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib import published
+from newllm_lib.diagnose import best_row, every_spell, number
 from newllm_lib.files import write_atomic, write_text_atomic
 
 HISTORY_COLUMNS = (
@@ -35,7 +36,7 @@ _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9701e", "#777777"
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """run.json: everything about a run but its curve. Infinite and missing numbers become null."""
-    write_text_atomic(folder / "run.json", json.dumps(_finite(record), indent=2) + "\n")
+    write_text_atomic(folder / "run.json", json.dumps(finite(record), indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -54,11 +55,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Dictionaries and lists as JSON holds them: numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -78,15 +80,16 @@ def read_history(folder: Path):
     return pandas.read_csv(folder / "history.csv")
 
 
-def best_row(history: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row with the lowest validation loss; one that is not finite, or not known, is never the best."""
-    known = (row for row in history if row["val_loss"] is not None and math.isfinite(row["val_loss"]))
-    return min(known, key=lambda row: row["val_loss"], default=None)
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that they have: 45 s, 2 min 25 s, 3 h 5 min, 27 h."""
+    least, names = (1, ("min", "s")) if round(seconds) < 3600 else (60, ("h", "min"))
+    parts = zip(divmod(round(seconds / least), 60), names, strict=True)
+    return " ".join(f"{count} {name}" for count, name in parts if count) or "0 s"
 
 
 def _values(history: list[dict[str, Any]], name: str) -> list[float]:
     """A column to be drawn; NaN, which leaves a gap, where a row of an imported run does not have it."""
-    return [math.nan if row[name] is None else row[name] for row in history]
+    return [number(row, name) for row in history]
 
 
 def _cell(row: dict[str, Any], name: str, form: str) -> str:
@@ -199,6 +202,7 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
         _provenance(record),
         "## Result",
         result_text(record),
+        *_warnings(record, history),
         "## Time to the published perplexities",
         milestones_text(record, history),
         "## Every validation",
@@ -238,6 +242,13 @@ def summary_text(record: dict[str, Any]) -> str:
         )
         text += f" {word}."
     return text
+
+
+def _warnings(record: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:
+    """What the history warns of, or has for a while; nothing where there was nothing."""
+    spells = every_spell(history, record["validation"]["unknown_share"])
+    found = [f"- {spell}.".replace("<", "\\<") for spell in spells]
+    return ["## Warnings", "\n".join(found)] if found else []
 
 
 def _provenance(record: dict[str, Any]) -> str:
@@ -298,10 +309,11 @@ def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _known_rows(best: dict[str, Any], unknown: float) -> list[tuple[str, str, str]]:
+def _known_rows(best: dict[str, Any], unknown: float | None) -> list[tuple[str, str, str]]:
+    share = "" if unknown is None else f"{unknown:.1%}"
     return [
         ("known-word perplexity", _cell(best, "val_ppl_known", ".2f"), "the same over targets that are not `<UNK>`"),
-        ("unknown share", f"{unknown:.1%}", "targets that are `<UNK>`: what saying it always would score"),
+        ("unknown share", share, "targets that are `<UNK>`: what saying it always would score"),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from newllm_lib.checkpoint import (
 from newllm_lib.config import RunConfig
 from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import Metrics, evaluate_split
+from newllm_lib.mirror import Mirror
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup, plan_lines
+from newllm_lib.probe import estimate_speed, settle_batch
 from newllm_lib.progress import Progress, TerminalProgress
 from newllm_lib.recorder import Recorder, command
 from newllm_lib.recurrence.selfcheck import choose_engine
@@ -104,24 +107,46 @@ def resolve(config: str | RunConfig = "auto", **overrides) -> RunConfig:
     return config.replace(**overrides)
 
 
-def plan(config: str | RunConfig = "auto", **overrides) -> tuple[Setup, list[tuple[str, str]]]:
-    """Every decision that `train` would make, and its lines for the reader; nothing is trained or written."""
+def plan(
+    config: str | RunConfig = "auto", *, report: Callable[[str], None] | None = None, **overrides
+) -> tuple[Setup, list[tuple[str, str]]]:
+    """Every decision that `train` would make, and its lines for the reader; no run is trained or written.
+
+    A batch that a policy has yet to find is sought; `report` is told of each try (None = standard error).
+    """
     setup = make_setup(resolve(config, **overrides))
-    return setup, plan_lines(setup, str(run_folder(setup)))
+    folder = run_folder(setup)
+    decided = earlier_record(folder).get("decided", {})
+    setup = make_setup(setup.requested, decided, setup.prepared) if decided else setup
+    setup = settle_batch(setup, decided, report or (lambda text: print(text, file=sys.stderr)))
+    return setup, plan_lines(setup, str(folder), speed=estimate_speed(setup))
 
 
 def train(
-    config: str | RunConfig = "auto", *, fresh: bool = False, progress: Progress | None = None, **overrides
+    config: str | RunConfig = "auto",
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    watch: Callable[[Trainer], None] = lambda trainer: None,
+    **overrides,
 ) -> Run:
     """Train a run, or continue it from its newest valid checkpoint; the folder tells which.
 
     config: a preset's name or a RunConfig; overrides: any field by name. progress: what shows the course of it; None =
-    live in a notebook, lines in a terminal. `fresh` starts over and keeps the old folder
-    under a new name. Raises ValueError for bad settings or data, CheckpointError when the folder holds another run,
-    TrainingError when training breaks down; in each case what was on disk stays valid.
+    live in a notebook, lines in a terminal. `fresh` starts over and keeps the old folder under a new name. `watch` gets
+    the trainer before it goes on, for example to set its `on_step`; a run that has ended does not call it. Raises
+    ValueError for bad settings or data, CheckpointError when the folder holds another run, TrainingError when training
+    breaks down; in each case what was on disk stays valid.
     """
     progress = progress or _default_progress()
-    setup, folder, earlier = _setup_and_folder(resolve(config, **overrides), fresh, progress)
+    try:
+        return _train(resolve(config, **overrides), fresh, progress, watch)
+    finally:
+        progress.close()  # however it ends, and also where nothing begins
+
+
+def _train(requested: RunConfig, fresh: bool, progress: Progress, watch: Callable[[Trainer], None]) -> Run:
+    setup, folder, earlier, mirror = _setup_and_folder(requested, fresh, progress)
     model = NewLLM(setup.config.model)
     model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
     model.to(setup.machine.device)
@@ -129,7 +154,8 @@ def train(
     _continue(trainer, earlier, progress)
     if trainer.ended() and earlier.get("status") == trainer.ended():
         progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
-        progress.close()
+        if mirror:
+            mirror.close(progress.message)
         return Run(folder)
     recorder = Recorder(trainer, folder, earlier)
     if not trainer.state.step:
@@ -140,7 +166,8 @@ def train(
     if reason := recorder.record["faithful_reason"]:
         progress.message(f"warning: not faithful to the published run: {reason}")
     progress.begin(recorder.record, trainer.state.history)
-    return _fit(trainer, recorder, progress)
+    watch(trainer)
+    return _fit(trainer, recorder, progress, mirror)
 
 
 def _default_progress() -> Progress:
@@ -152,22 +179,47 @@ def _default_progress() -> Progress:
     return NotebookProgress()
 
 
-def _setup_and_folder(requested: RunConfig, fresh: bool, progress: Progress) -> tuple[Setup, Path, dict[str, Any]]:
-    """The folder, its record where a run is there already, and the setup in which that run's decisions stand."""
+def _setup_and_folder(
+    requested: RunConfig, fresh: bool, progress: Progress
+) -> tuple[Setup, Path, dict[str, Any], Mirror | None]:
+    """The setup in which the decisions of a run that is there stand, its folder, its record so far, its copy."""
     setup = make_setup(requested)
     folder = run_folder(setup)
-    if fresh and folder.exists():
-        kept = _set_aside(folder)
-        progress.message(f"starting over; the old run is kept as {kept}")
+    mirror = Mirror(folder, setup.config.mirror_dir, setup.identity) if setup.config.mirror_dir else None
+    for place in (folder, *([mirror.place] if mirror else [])):
+        if fresh and place.exists():
+            progress.message(f"starting over; the old run is kept as {_set_aside(place)}")
+    if mirror and earlier_record(folder).get("identity", setup.identity) == setup.identity:
+        mirror.restore(progress.message)
+    earlier = earlier_record(folder)
+    decided = earlier["decided"] if earlier else _decided_by_checkpoint(folder)
+    setup = make_setup(requested, decided, setup.prepared) if decided else setup
+    return settle_batch(setup, decided, progress.message), folder, earlier, mirror
+
+
+def _decided_by_checkpoint(folder: Path) -> dict[str, Any]:
+    """The decisions that a run's newest checkpoint shows, for where its record is missing; empty without one."""
+    found = Checkpoints(folder / "checkpoints", folder.name).newest_valid(lambda text: None)  # told when it goes on
+    if found is None:
+        return {}
+    decided = {"batch_size": found[1]["config"]["train"]["batch_size"]}
+    return decided | ({"precision": "fp16"} if found[1]["scaler"] else {})
+
+
+def earlier_record(folder: Path) -> dict[str, Any]:
+    """The record of the run that a new one would continue; empty where there is none.
+
+    ValueError when it is damaged, CheckpointError when it is that of an imported run.
+    """
     if not (folder / "run.json").exists():
-        return setup, folder, {}
+        return {}
     earlier = report.read_record(folder)
     if earlier["status"] == "imported":
         raise CheckpointError(
             f"{folder}: an imported run: it has weights, but no training state to go on from. Give this run another "
             "name (--name), or --fresh, which keeps the imported one under another name"
         )
-    return make_setup(requested, earlier["decided"], setup.prepared), folder, earlier
+    return earlier
 
 
 def run_folder(setup: Setup) -> Path:
@@ -184,15 +236,12 @@ def _set_aside(folder: Path) -> Path:
 def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> None:
     """Restore the newest valid checkpoint, if there is one, and say where the run goes on.
 
-    CheckpointError where the folder held a trained run whose checkpoints are gone: starting over would replace it.
+    CheckpointError where the folder held a validated run whose checkpoints are gone: starting over would replace it.
     """
     found = trainer.checkpoints.newest_valid(lambda text: progress.message(f"warning: {text}"))
     if found is None:
-        if earlier.get("step"):
-            raise CheckpointError(
-                f"{trainer.checkpoints.folder}: the checkpoints of this run are gone (it was at step "
-                f"{earlier['step']}); --fresh keeps what is left under another name and starts over"
-            )
+        if earlier.get("best"):  # one that ended before its first validation may never have saved anything
+            raise CheckpointError(checkpoints_gone(trainer.checkpoints.folder, earlier["step"]))
         return
     path, payload = found
     trainer.restore(payload, path)
@@ -202,6 +251,14 @@ def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> 
     progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: step {state.step} of {total}{so_far}")
 
 
+def checkpoints_gone(folder: Path, step: int) -> str:
+    """Why a run that has a record cannot go on."""
+    return (
+        f"{folder}: the checkpoints of this run are gone (it was at step {step}); --fresh keeps what is left under "
+        "another name and starts over"
+    )
+
+
 def _how_to_extend(trainer: Trainer) -> str:
     if trainer.ended() == "stopped early":
         return "more: a larger --patience; anew: --fresh"
@@ -209,9 +266,12 @@ def _how_to_extend(trainer: Trainer) -> str:
     return "more: --epochs or --max-steps" + (" with --decay-steps" if decays else "") + "; anew: --fresh"
 
 
-def _fit(trainer: Trainer, recorder: Recorder, progress: Progress) -> Run:
+def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirror | None) -> Run:
     """Train to the end and write what the run leaves behind, however it ends."""
     trainer.on_validation = recorder.validated
+    if mirror:
+        trainer.on_save = mirror.request
+        progress.watch(mirror.safety)
     recorder.write("running")
     status = "failed"
     try:
@@ -222,13 +282,14 @@ def _fit(trainer: Trainer, recorder: Recorder, progress: Progress) -> Run:
     except TrainingError as error:
         newest = next(iter(trainer.checkpoints.files()), None)
         where = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        raise TrainingError(f"{error}. Stopped at step {trainer.state.step}; {where}. A lower --lr may help") from error
+        raise TrainingError(f"{error}. Stopped at step {trainer.state.step}; {where}") from error
     finally:
         progress.close()
         recorder.write(status)
         if status == "interrupted":
             _tell_how_to_continue(trainer, progress)
-        progress.close()  # once more: now the record says how it ended
+        if mirror:
+            mirror.close(progress.message)
     return Run(recorder.folder)
 
 

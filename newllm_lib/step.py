@@ -1,23 +1,28 @@
-"""One optimizer step, from a batch of ids to changed weights, and the optimizers that it uses."""
+"""One optimizer step, from a batch of ids to changed weights; its optimizers, the order of the batches, its seed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from newllm_lib.config import PAD, TrainConfig
-from newllm_lib.hardware import Precision
-from newllm_lib.metrics import token_losses
+from newllm_lib.hardware import Machine, Precision, is_out_of_memory, peak_memory_bytes
+from newllm_lib.metrics import fewer_rows, token_losses
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import Dropout
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, and that the last good checkpoint stays."""
+
+
+class TornUpdate(MemoryError):
+    """Memory ran out once the gradients were made: weights, optimizers and loss scale may be half changed."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class StepResult:
     """Whether the update was left out because a gradient was not finite (FP16 only)."""
     context: Tensor
     """(B, C) after the batch, detached."""
+    ids: Tensor
+    """(B, S) int64: the batch."""
 
 
 def optimizer_step(
@@ -51,8 +58,10 @@ def optimizer_step(
 ) -> StepResult:
     """One update from ids (B, S) int64: the mean loss over the batch's real targets, however it is cut up.
 
-    `micro_batch` rows at a time go forward and backward. A non-finite loss, or without a scaler a non-finite
-    gradient, raises TrainingError before any weight changes.
+    `micro_batch` rows at a time go forward and backward, with the masks of dropout that the whole batch would have. A
+    non-finite loss, or without a scaler a non-finite gradient, raises TrainingError before any weight changes.
+    TornUpdate where memory runs out later than that; where it does before, the error as it is: then the same step can
+    be done again.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -61,10 +70,12 @@ def optimizer_step(
     lengths = (targets != PAD).sum(1)
     num_targets = int(lengths.sum())
     nll_sum, contexts = torch.zeros((), dtype=torch.float64, device=device), []
+    rate = model.config.dropout
+    dropout = Dropout(rate, dropout_seed, device, rows) if rate else None
     for start in range(0, rows, micro_batch or rows):
         part = slice(start, start + (micro_batch or rows))
-        rate = model.config.dropout
-        dropout = Dropout(rate, dropout_seed + start, device) if rate else None
+        if dropout is not None:
+            dropout.first_row = start
         before = None if context is None else context[part]
         with precision.autocast(device.type):
             hidden, after = model.hidden(tokens[part], before, lengths[part], dropout, engine)
@@ -72,19 +83,65 @@ def optimizer_step(
         scaler.scale(nll.sum() / num_targets).backward()
         nll_sum += nll.detach().sum()
         contexts.append(after.detach())
-    if not math.isfinite(nll_sum):
-        raise TrainingError(f"the loss is {float(nll_sum)}: the weights have left the range in which they can learn")
+        del hidden, after, nll  # or this part's activations would stay while the next part makes its own
+    total, context = float(nll_sum), torch.cat(contexts)
+    if not math.isfinite(total):
+        raise TrainingError(
+            f"the loss is {total}: the weights have left the range in which they can learn; a lower --lr may help"
+        )
+    try:
+        norm, skipped = _update(model, optimizers, scaler, clip)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise TornUpdate(str(error)) from error
+        raise
+    return StepResult(total, num_targets, norm, skipped, context, ids)  # from here on nothing may need memory
+
+
+def _update(
+    model: NewLLM, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, clip: float
+) -> tuple[float, bool]:
+    """Unscale, clip and step; returns the norm before clipping, and whether the step was left out for it."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     skipped = not math.isfinite(norm)
     if skipped and not scaler.is_enabled():
-        raise TrainingError(f"the gradient norm is {norm} though the loss is finite")
+        raise TrainingError(f"the gradient norm is {norm} though the loss is finite; a lower --lr may help")
     if not skipped:
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
-    return StepResult(float(nll_sum), num_targets, norm, skipped, torch.cat(contexts))
+    return norm, skipped
+
+
+@dataclass
+class Portion:
+    """How many sequences are computed at a time: fewer each time that memory has run out."""
+
+    rows: int
+    work: str
+    whole: str
+    """What does not change with `rows`."""
+    option: str
+    """What sets `rows` in the shell."""
+    machine: Machine
+    tell: Callable[[str], None]
+
+    def halve(self, rows: int, failure: str) -> int:
+        """Half of `rows` from here on, said to the user; TrainingError where it is one. As `metrics.fewer_rows`."""
+        try:
+            self.rows = fewer_rows(rows, failure)
+        except MemoryError as error:
+            used, there = (size / 2**30 for size in (peak_memory_bytes(self.machine), self.machine.memory_bytes))
+            raise TrainingError(
+                f"{self.work}: {error}. At most {used:.1f} GiB were in use, of {there:.1f} GiB of {self.machine.name}"
+            ) from None
+        self.tell(
+            f"warning: memory ran out in {self.work}: {self.whole} stays as it is, computed {self.rows} sequences at a "
+            f"time; {self.option} {self.rows} begins that way"
+        )
+        return self.rows
 
 
 def make_optimizers(model: NewLLM, train: TrainConfig, peak_rate: float) -> list[torch.optim.Optimizer]:
@@ -117,3 +174,18 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
+
+
+@lru_cache(maxsize=2)  # asked for at every batch of an epoch
+def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
+    """The order (rows,) in which an epoch reads its sequences: a function of seed and epoch alone."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(mix_seed(seed, epoch, -1)))
+
+
+def mix_seed(*parts: int) -> int:
+    """One seed below 2^62 from several numbers (an FNV-1a hash), so that no two uses share a generator's stream."""
+    value = 0xCBF29CE484222325
+    for part in parts:
+        for byte in part.to_bytes(9, "little", signed=True):
+            value = ((value ^ byte) * 0x100000001B3) & (2**64 - 1)
+    return value >> 2

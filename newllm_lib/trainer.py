@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +25,29 @@ from newllm_lib.checkpoint import (
     save_checkpoint,
 )
 from newllm_lib.config import RunConfig, flat_fields
-from newllm_lib.hardware import Machine, Precision, cpu_threads, peak_memory_bytes, reset_peak_memory
+from newllm_lib.hardware import (
+    Machine,
+    Precision,
+    cpu_threads,
+    is_out_of_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from newllm_lib.metrics import evaluate_split
 from newllm_lib.model import NewLLM
-from newllm_lib.progress import Progress
+from newllm_lib.progress import Progress, StopRequest
 from newllm_lib.recurrence.selfcheck import EngineChoice
-from newllm_lib.step import StepResult, TrainingError, make_optimizers, optimizer_step, set_rates
+from newllm_lib.step import (
+    Portion,
+    StepResult,
+    TornUpdate,
+    TrainingError,
+    epoch_order,
+    make_optimizers,
+    mix_seed,
+    optimizer_step,
+    set_rates,
+)
 from newllm_lib.text.prepare import Prepared, Split
 
 
@@ -79,6 +93,8 @@ class Setup:
     train_split: Split
     validation_split: Split
     rate: schedule.Rate
+    batch_reason: str = ""
+    """Why this batch, or why in these pieces, where it was not simply asked for."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,6 +115,8 @@ class Trainer:
         self.setup, self.model, self.checkpoints = setup, model, checkpoints
         self.progress = progress or Progress()
         self.on_validation: Callable[[bool], None] = lambda best: None
+        self.on_step: Callable[[StepResult], None] = lambda result: None
+        self.on_save: Callable[[], None] = lambda: None
         train = setup.config.train
         self.optimizers = make_optimizers(model, train, setup.rate.value)
         enabled = setup.precision.name == "fp16"
@@ -106,18 +124,30 @@ class Trainer:
         self.state = TrainState(decay_steps=train.decay_steps or setup.total_steps)
         self.context: Tensor | None = None
         self._ids = torch.from_numpy(setup.train_split.ids).to(setup.machine.device)
-        self._stop = _StopRequest(self.progress)
+        self._stop = StopRequest(self.progress)
         self._last_save = time.monotonic()
         self._torn = False  # whether an exception may have left a step half done
+        at_once = {"machine": setup.machine, "tell": self.progress.message}
+        whole, rows = f"the batch of {train.batch_size}", train.micro_batch_size or train.batch_size
+        self._portion = Portion(rows, "training", whole, "--micro-batch-size", **at_once)
+        self._validation_portion = Portion(
+            train.eval_batch_size, "validation", "what is scored", "--eval-batch-size", **at_once
+        )
+        self._beginning: bytes | None = None  # what a checkpoint would hold, until there is one
 
     def fit(self) -> str:
         """Train to the end of the plan; returns 'finished', 'stopped early' or 'interrupted'.
 
-        Ctrl-C or SIGTERM ends the step, saves and returns; a second Ctrl-C stops at once. Raises TrainingError when
-        the loss is no longer finite.
+        Ctrl-C or SIGTERM ends the step, saves and returns; a second Ctrl-C stops at once. Where memory runs out, the
+        same batch comes again in smaller parts. Raises TrainingError when the loss is no longer finite, or memory does
+        not suffice for one sequence.
         """
+        self._beginning = None
         if self._torn:
             self._restore_newest()
+        if not self.checkpoints.files():
+            torch.save(self.payload(), buffer := io.BytesIO())
+            self._beginning = buffer.getvalue()
         self.model.train()
         reset_peak_memory(self.setup.machine)
         self._last_save = time.monotonic()
@@ -133,8 +163,10 @@ class Trainer:
         return ended
 
     def _restore_newest(self) -> None:
-        """Back to the newest checkpoint: what is in memory may be half of a step."""
+        """Back to the newest checkpoint, or to the beginning: what is in memory may be half of a step."""
         found = self.checkpoints.newest_valid(self.progress.message)
+        if found is None and self._beginning:
+            found = Path("the beginning"), torch.load(io.BytesIO(self._beginning), "cpu", weights_only=True)
         if found is None:
             raise TrainingError("an earlier fit ended within a step and left no checkpoint: make a new Trainer")
         path, payload = found
@@ -157,22 +189,14 @@ class Trainer:
         train, state, setup = self.setup.config.train, self.state, self.setup
         factor = schedule.rate_factor(state.step, train, state.decay_steps)
         clip = schedule.clip_norm(state.epoch, train)
-        started = time.perf_counter()
+        last_save, started = self._last_save, time.perf_counter()
         set_rates(self.optimizers, factor)
-        result = optimizer_step(
-            self.model,
-            self.optimizers,
-            self.scaler,
-            self._batch(),
-            engine=setup.engine.run,
-            precision=setup.precision,
-            clip=clip,
-            micro_batch=train.micro_batch_size,
-            dropout_seed=mix_seed(train.seed, state.epoch, state.batch),
-            context=self.context,
-        )
+        result = self._step(clip)
+        if result is None:
+            return
         seconds = time.perf_counter() - started
         epoch_ended = self._count(result, seconds)
+        self.on_step(result)
         done = epoch_ended or state.step >= setup.total_steps
         if done or (train.validate_every_steps and state.step % train.validate_every_steps == 0 and not result.skipped):
             self._validate(setup.rate.value * factor, clip)
@@ -180,6 +204,35 @@ class Trainer:
             self._save(self.checkpoints.epoch(state.epoch))
         elif time.monotonic() - self._last_save >= 60 * train.checkpoint_every_minutes:
             self._save_step()
+        if self._last_save != last_save:  # with all that was due
+            self.on_save()
+
+    def _step(self, clip: float) -> StepResult | None:
+        """One update by the next batch; None where memory ran out, and the batch is to come again in smaller parts."""
+        train, state, setup = self.setup.config.train, self.state, self.setup
+        try:
+            return optimizer_step(
+                self.model,
+                self.optimizers,
+                self.scaler,
+                self._batch(),
+                engine=setup.engine.run,
+                precision=setup.precision,
+                clip=clip,
+                micro_batch=self._portion.rows,
+                dropout_seed=mix_seed(train.seed, state.epoch, state.batch),
+                context=self.context,
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure, torn = str(error), isinstance(error, TornUpdate)
+        self.model.zero_grad(set_to_none=True)
+        self._portion.halve(min(self._portion.rows, train.batch_size), failure)
+        if torn:
+            self._restore_newest()
+            self.progress.message(f"the weights were being changed just then: going on from step {self.state.step}")
+        return None
 
     def _batch(self) -> Tensor:
         """The ids (B, S) int64 of the next batch: one index into the split."""
@@ -203,7 +256,7 @@ class Trainer:
             if state.skipped_in_a_row >= train.max_skipped_steps:
                 raise TrainingError(
                     f"{state.skipped_in_a_row} steps in a row had gradients that are not finite "
-                    f"(loss scale {self.scaler.get_scale():g})"
+                    f"(loss scale {self.scaler.get_scale():g}); a lower --lr may help"
                 )
         else:
             state.step += 1
@@ -226,8 +279,9 @@ class Trainer:
             self.model,
             setup.validation_split,
             precision=setup.precision,
-            batch_size=train.eval_batch_size,
+            batch_size=self._validation_portion.rows,
             engine=setup.engine.run,
+            fewer=self._validation_portion.halve,
         )
         row = {
             "step": state.step,
@@ -268,6 +322,7 @@ class Trainer:
 
     def _save(self, path: Path) -> None:
         save_checkpoint(path, self.payload(), self.state.step)
+        self._beginning = None
         self._last_save = time.monotonic()
 
     def payload(self) -> dict[str, Any]:
@@ -311,10 +366,15 @@ class Trainer:
         elif train.lr_schedule == "constant":
             state.decay_steps = total
         elif total > state.decay_steps:
-            raise CheckpointError(
-                f"{path}: the rate of this run decays to its end at step {state.decay_steps}, so going on to step "
-                f"{total} needs a new end: --decay-steps {total}. Or start another run: --name NEW, or --fresh"
-            )
+            raise CheckpointError(f"{path}: {needs_new_end(state.decay_steps, total)}")
+
+
+def needs_new_end(decay_steps: int, total_steps: int) -> str:
+    """Why a run whose rate decays to an end cannot go on beyond it."""
+    return (
+        f"the rate of this run decays to its end at step {decay_steps}, so going on to step {total_steps} needs a new "
+        f"end: --decay-steps {total_steps}. Or start another run: --name NEW, or --fresh"
+    )
 
 
 def difference(payload: dict[str, Any], setup: Setup) -> str:
@@ -333,46 +393,3 @@ def difference(payload: dict[str, Any], setup: Setup) -> str:
     ]
     what = "; ".join(changed) or "the vocab_size or batch_size that was asked for, or the library's identity version"
     return f"of a run with other settings: {what}. Use another --name, or --fresh"
-
-
-@lru_cache(maxsize=2)  # asked for at every batch of an epoch
-def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
-    """The order (rows,) in which an epoch reads its sequences: a function of seed and epoch alone."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(mix_seed(seed, epoch, -1)))
-
-
-def mix_seed(*parts: int) -> int:
-    """One seed below 2^62 from several numbers (an FNV-1a hash), so that no two uses share a generator's stream."""
-    value = 0xCBF29CE484222325
-    for part in parts:
-        for byte in part.to_bytes(9, "little", signed=True):
-            value = ((value ^ byte) * 0x100000001B3) & (2**64 - 1)
-    return value >> 2
-
-
-class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a flag, the second into KeyboardInterrupt."""
-
-    def __init__(self, progress: Progress):
-        self.requested = False
-        self._progress = progress
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handlers of this object inside, those from before restored after; nothing outside the main thread."""
-        self.requested = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self._progress.message("stopping after this step, then saving; press Ctrl-C again to stop at once")

@@ -23,7 +23,9 @@ def tidy(text: str, setup_cell: str) -> str:
     setups[0].source = setup_cell.rstrip("\n")
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"  # the same in every checkout, whoever saved it
-    stripped = strip_output(notebook, keep_output=False, keep_count=False, extra_keys=["metadata.widgets"])
+    stripped = strip_output(
+        notebook, keep_output=False, keep_count=False, keep_id=True, extra_keys=["metadata.widgets"]
+    )
     return nbformat.writes(stripped) + "\n"
 
 

@@ -17,7 +17,9 @@ import newllm_lib
 PACKAGE = Path(newllm_lib.__file__).parent
 
 ROOMS = [
+    "settings",
     "config",
+    "notation",
     "schedule",
     "published",
     "presets",
@@ -31,6 +33,7 @@ ROOMS = [
     "generate",
     "writing",
     "checkpoint",
+    "mirror",
     "diagnose",
     "report",
     "card",
@@ -44,6 +47,8 @@ ROOMS = [
     "importing",
     "runs",
     "sharing",
+    "fetching",
+    "adopting",
     "gathering",
     "continuing",
     "study",
@@ -192,7 +197,7 @@ def test_no_file_holds_a_path_of_one_machine(repository):
 
 # --- the newest Python ------------------------------------------------------------------------------------------
 
-TORCH_FREE = ["config", "schedule", "published", "presets", "files", "text.corpus", "text.tokenizer"]
+TORCH_FREE = ["settings", "config", "schedule", "published", "presets", "files", "text.corpus", "text.tokenizer"]
 NUMPY_ONLY = ["text.sequences", "text.prepare"]
 
 

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from newllm_lib import presets
-from newllm_lib.config import DataConfig, ModelConfig, RunConfig, TrainConfig, field_docs, flat_fields
+from newllm_lib.config import DataConfig, ModelConfig, RunConfig, TrainConfig, flat_fields
+from newllm_lib.settings import field_docs
 
 NOT_IN_IDENTITY = {
     "epochs", "max_steps", "decay_steps", "patience", "min_delta", "micro_batch_size", "validate_every_steps",
     "checkpoint_every_epochs", "checkpoint_every_minutes", "max_skipped_steps", "eval_batch_size", "device", "engine",
-    "threads", "preset", "name", "results_dir",
+    "threads", "preset", "name", "results_dir", "emulate_precision", "mirror_dir",
 }  # fmt: skip
 
 IDENTITY_DEFAULTS = {
@@ -20,7 +21,8 @@ IDENTITY_DEFAULTS = {
     "data": "wikitext-2", "text_unit": "line", "tokenizer": "words", "sentencepiece_model": "bpe",
     "layout": "windows", "sequence_length": 64, "stride": 32,
     "min_words": 5, "validation_fraction": 0.05, "test_fraction": 0.05, "eval_lanes": 32,
-    "batch_size": 32, "optimizer": "adam", "lr": None, "lr_rule": "none", "lr_base": 1e-4, "batch_base": 32,
+    "batch_size": 32, "batch_policy": "recipe", "optimizer": "adam", "lr": None, "lr_rule": "none", "lr_base": 1e-4,
+    "batch_base": 32,
     "scale_lr_by_model_size": False, "muon_lr": 0.02, "muon_momentum": 0.95, "beta1": 0.9, "beta2": 0.999,
     "weight_decay": 0.0, "lr_schedule": "constant", "warmup_steps": 0, "lr_final_fraction": 0.0,
     "clip_by_epoch": ((0, 0.5), (10, 1.0), (30, 2.0)), "seed": 42, "precision": "auto",

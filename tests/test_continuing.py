@@ -1,4 +1,7 @@
-"""Runs that go on further than they were planned."""
+"""Runs found in the places where they may lie, and carried on further than they were planned."""
+
+import os
+import shutil
 
 import pytest
 from tiny import tiny_config, write_text
@@ -51,11 +54,12 @@ def test_the_same_text_in_another_place(text, tmp_path):
     assert longer.record["step"] == run.record["step"] * 3 // 2
 
 
-def test_a_run_that_is_that_long_already_and_other_runs_are_refused(text, tmp_path):
+def test_a_run_that_is_longer_already_and_other_runs_are_refused(text, tmp_path):
     run = trained(text, tmp_path)
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"epochs = 2: tiny-\w+ has already trained \d+ steps \(2.00 epochs\)"):
-        nl.extended(run, epochs=2)
+    with pytest.raises(ValueError, match=r"epochs = 1: tiny-\w+ has already trained \d+ steps \(2.00 epochs\)"):
+        nl.extended(run, epochs=1)
+    assert nl.train(nl.extended(run, epochs=2), progress=Progress()).record == run.record  # Run all again
     with pytest.raises(ValueError, match="give the new total as one of them"):
         nl.extended(run)
     with pytest.raises(ValueError, match="give the new total as one of them"):
@@ -75,3 +79,50 @@ def test_a_run_opened_from_a_bundle_goes_on(text, tmp_path):
     longer = nl.train(nl.extended(opened, epochs=4), progress=Progress())
     assert longer.folder.parent == tmp_path / "elsewhere"
     assert longer.best["val_loss"] == expected.best["val_loss"]
+
+
+# --- found ------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_run_of_a_folder_and_none_in_an_empty_one(text, tmp_path):
+    results = tmp_path / "results"
+    assert nl.find_run(results_dir=results) is None
+    first, second = (trained(text, tmp_path, name=name, max_steps=1) for name in ("first", "second"))
+    for run, seconds in ((first, 2000), (second, 1000)):
+        os.utime(run.folder / "run.json", (seconds, seconds))
+    assert nl.find_run(results_dir=results).folder == first.folder
+    assert nl.find_run(second.folder).folder == second.folder
+
+
+def test_a_run_that_only_the_copy_has_is_brought_back(text, tmp_path):
+    (tmp_path / "drive").mkdir()
+    run = trained(text, tmp_path, mirror_dir=str(tmp_path / "drive"))
+    shutil.rmtree(run.folder)
+    said = []
+    found = nl.find_run(results_dir=tmp_path / "results", mirror_dir=tmp_path / "drive", tell=said.append)
+    assert (found.folder, found.record["step"]) == (run.folder, run.record["step"])
+    assert len(said) == 1 and said[0].startswith(f"brought back from {tmp_path / 'drive' / run.folder.name}: step")
+    longer = nl.train(nl.extended(found, epochs=3), progress=Progress())
+    assert longer.record["step"] == run.record["step"] * 3 // 2
+
+
+def test_a_bundle_and_a_checkpoint_are_taken_in_and_their_hash_is_checked(text, tmp_path):
+    run = trained(text, tmp_path)
+    bundle = nl.bundle(run, tmp_path / "run.zip", checkpoint=True)
+    final = next((run.folder / "checkpoints").glob("*_final.pt"))
+    for number, file in enumerate((bundle, final)):
+        found = nl.find_run(file, results_dir=tmp_path / f"elsewhere{number}")
+        assert found.folder == tmp_path / f"elsewhere{number}" / run.folder.name
+        longer = nl.train(nl.extended(found, epochs=3), progress=Progress())
+        assert longer.record["step"] == run.record["step"] * 3 // 2
+    with pytest.raises(ValueError, match="another file than was asked for"):
+        nl.find_run(bundle, results_dir=tmp_path / "nowhere", sha256="0" * 64)
+    with pytest.raises(ValueError, match="must be a file on this machine, the id of a file"):
+        nl.find_run("no such file", results_dir=tmp_path / "nowhere")
+
+
+def test_an_imported_run_is_not_taken_for_one_that_can_go_on(text, tmp_path):
+    run = trained(text, tmp_path)
+    record = (run.folder / "run.json").read_text()
+    (run.folder / "run.json").write_text(record.replace('"status": "finished"', '"status": "imported"'))
+    assert nl.find_run(results_dir=tmp_path / "results") is None

@@ -13,22 +13,14 @@ import IPython.display
 import matplotlib
 import nbformat
 import pytest
+from histories import history, row
 from nbclient import NotebookClient
 from PIL import Image
 from tiny import RECIPE, SHAPE, result_of, same, tiny_setup, tiny_trainer, write_text
 
 import newllm_lib.notebook as notebook_room
 from newllm_lib.notebook import NotebookProgress, in_notebook
-from newllm_lib.notebook.progress import (
-    Spell,
-    curves_png,
-    findings,
-    follow,
-    plateau,
-    skipped_steps,
-    turning_up,
-    visible_rows,
-)
+from newllm_lib.notebook.progress import curves_png, visible_rows
 from newllm_lib.progress import Progress
 
 RECORD = {
@@ -114,111 +106,6 @@ def progress(screen, clock):
     return NotebookProgress(clock=clock)
 
 
-def row(epoch=1.0, **changes):
-    """A row of a history in which nothing is wrong."""
-    values = {
-        "step": round(10 * epoch), "epoch": float(epoch), "train_loss": 4.0, "val_loss": 3.5, "val_ppl": 33.1,
-        "val_accuracy": 0.34, "val_ppl_known": 90.0, "val_bits_per_byte": None, "val_word_ppl": None, "lr": 1e-3,
-        "clip": 1.0, "train_seconds": 12.5, "tokens_per_second": 1000.0, "peak_memory_bytes": 1, "skipped_steps": 0,
-    }  # fmt: skip
-    return values | changes
-
-
-def history(**columns):
-    """Rows of one epoch each from whole columns; the loss goes with the perplexity."""
-    rows = []
-    for epoch, values in enumerate(zip(*columns.values(), strict=True), start=1):
-        changes = dict(zip(columns, values, strict=True))
-        if changes.get("val_ppl", 0) > 0:
-            changes["val_loss"] = math.log(changes["val_ppl"])
-        rows.append(row(epoch, **changes))
-    return rows
-
-
-# --- what a history warns of ------------------------------------------------------------------------------------
-
-STUCK = [68.0, 67.8, 67.9, 67.6, 67.4]  # within 0.9 %
-
-
-def test_a_plateau_at_the_share_of_unknown_is_named():
-    text = plateau(history(val_ppl=[90.0, *STUCK], val_accuracy=[0.2] + [0.305] * 5), 0.3053)
-    assert text.startswith("plateau: over 5 validations the perplexity moved by 0.9%")
-    assert "the share of <UNK> (30.5%): the model says <UNK> and nothing else" in text
-
-
-@pytest.mark.parametrize(
-    "rows, share",
-    [
-        pytest.param(history(val_ppl=STUCK[:4], val_accuracy=[0.305] * 4), 0.305, id="four validations"),
-        pytest.param(history(val_ppl=[69, *STUCK[1:]], val_accuracy=[0.305] * 5), 0.305, id="it moves by 2 %"),
-        pytest.param(history(val_ppl=STUCK, val_accuracy=[0.305] * 4 + [0.315]), 0.305, id="accuracy has left"),
-        pytest.param(history(val_ppl=STUCK, val_accuracy=[0.36] * 5), 0.305, id="it has stopped elsewhere"),
-        pytest.param(history(val_ppl=STUCK, val_accuracy=[0.0] * 5), 0.0, id="no unknown words"),
-        pytest.param(history(val_ppl=STUCK, val_accuracy=[0.305] * 5), None, id="share not known"),
-        pytest.param(history(val_ppl=[68.0, math.nan, *STUCK[2:]], val_accuracy=[0.305] * 5), 0.305, id="NaN"),
-        pytest.param(history(val_ppl=STUCK, val_accuracy=[None] * 5), 0.305, id="accuracy not recorded"),
-    ],
-)
-def test_what_is_no_plateau(rows, share):
-    assert plateau(rows, share) is None
-
-
-@pytest.mark.parametrize(
-    "counts, said",
-    [
-        ([2], "skipped steps: 2 since the validation before, 2 in all"),
-        ([0, 3], "skipped steps: 3 since the validation before, 3 in all"),
-        ([1, 3, 7], "skipped steps: 4 since the validation before, 7 in all"),
-        ([0], None),
-        ([0, 0], None),
-        ([3, 3], None),
-        ([None, None], None),
-    ],
-)
-def test_skipped_steps_are_told_while_they_rise(counts, said):
-    text = skipped_steps(history(skipped_steps=counts))
-    assert text is None if said is None else text.startswith(said)
-
-
-def test_validation_that_turns_up_while_training_falls_is_named():
-    rows = history(val_ppl=[30, 25, 26, 26.5, 27], train_loss=[3.4, 3.2, 3.1, 3.0, 2.9])
-    assert turning_up(rows).startswith(
-        "validation turns up: three in a row at a perplexity more than 1% above the best, 25.00 at epoch 2.00"
-    )
-
-
-@pytest.mark.parametrize(
-    "ppl, training",
-    [
-        pytest.param([30, 25, 26, 26.5], [3.4, 3.2, 3.1, 3.0], id="two in a row"),
-        pytest.param([30, 25, 25.2, 26.5, 27], [3.4, 3.2, 3.1, 3.0, 2.9], id="one of them within 1 %"),
-        pytest.param([30, 25, 26, 26.5, 24.9], [3.4, 3.2, 3.1, 3.0, 2.9], id="a new best"),
-        pytest.param([30, 25, 26, 26.5, 27], [3.4, 3.2, 3.3, 3.4, 3.5], id="training rises too: it diverges"),
-        pytest.param([30, 25, 26, 26.5, 27], [3.4, 3.2, 3.1, 3.0, 3.2], id="training has come back up"),
-        pytest.param([math.nan] * 4, [3.4, 3.2, 3.1, 3.0], id="no best at all"),
-    ],
-)
-def test_what_is_no_turning_up(ppl, training):
-    rows = [r | {"val_loss": math.log(r["val_ppl"])} for r in history(val_ppl=ppl, train_loss=training)]
-    assert turning_up(rows) is None
-
-
-def test_findings_by_kind():
-    rows = history(val_ppl=STUCK, val_accuracy=[0.305] * 5, skipped_steps=[0, 0, 0, 0, 1])
-    assert list(findings(rows, 0.305)) == ["plateau", "skipped_steps"]
-    assert findings(rows[:4], 0.305) == {}
-
-
-def test_a_spell_lasts_from_its_first_validation_to_its_last():
-    rows = history(skipped_steps=[0, 1, 2, 2, 2, 5])
-    spells = [{}]
-    for count in range(1, 7):
-        spells.append(follow(spells[-1], rows[:count], None))
-    seen = [(s.first_epoch, s.last_epoch, s.active) for found in spells for s in found.values()]
-    assert seen == [(2, 2, True), (2, 3, True), (2, 3, False), (2, 3, False), (6, 6, True)]
-    assert isinstance(spells[2]["skipped_steps"], Spell)
-
-
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +118,7 @@ def test_it_shows_where_the_run_is(progress, screen, clock):
     for text in ("l4_fp16-abc123", "wikitext-2, 2,739,432 parameters", "training", "0.34", "40 of 120", "3.457"):
         assert text in screen.text
     assert "12,346" in screen.text
-    assert "training left | 3 min" in screen.text  # 80 steps of 2 s
+    assert "training left | 2 min 40 s" in screen.text  # 80 steps of 2 s
     assert "width:33.33%" in screen.pages[-1]
     assert screen.plain == "l4_fp16-abc123; training at step 40 of 120; no validation yet"
     assert screen.displays == 1
@@ -257,7 +144,7 @@ def test_time_left_where_every_step_is_validated(progress, screen, clock):
         progress.evaluating()
         clock.now += 500
         progress.validated(row(step / 20), True)
-    assert "training left | 2 min" in screen.text  # 55 steps of 2 s
+    assert "training left | 1 min 50 s" in screen.text  # 55 steps of 2 s
 
 
 def test_one_slow_step_does_not_change_the_time_left(progress, screen, clock):
@@ -316,6 +203,18 @@ def test_warnings_are_marked_and_stay(progress, screen, clock):
     assert screen.text.count("⚠") == 2
     assert "batch  32" in screen.text
     assert screen.pages[-1].index("not faithful") < screen.pages[-1].index("<table")
+
+
+def test_a_warning_lasts_as_long_as_its_spell(progress, screen, clock):
+    stuck = history(val_ppl=[68.0, 67.8, 67.9, 67.6, 67.4], val_accuracy=[0.305] * 5)
+    progress.begin(RECORD, stuck)
+    assert "⚠︎ warning |  epoch 5.00: plateau: over 5 validations" in screen.text
+    clock.now += 5
+    progress.validated(row(6, val_ppl=67.3, val_accuracy=0.305), True)
+    assert "⚠︎ warning |  since epoch 5.00: plateau" in screen.text
+    clock.now += 5
+    progress.validated(row(7, val_ppl=50.0, val_accuracy=0.32), True)
+    assert "⚠︎ warning |  epochs 5.00 to 6.00: plateau" in screen.text
 
 
 def test_a_flood_of_messages_is_cut_and_counted(progress, screen):
@@ -621,13 +520,30 @@ def test_a_message_in_the_middle_of_an_update_waits_for_the_next(progress, scree
 
 def test_without_a_notebook_there_are_plain_lines(capsys):
     progress = NotebookProgress()
-    progress.begin(RECORD, [])
+    stuck = history(val_ppl=[68.0, 67.8, 67.9, 67.6, 67.4], val_accuracy=[0.305] * 5)
+    progress.begin(RECORD, stuck[:4])
     progress.message("the plan")
-    progress.validated(row(1), True)
+    progress.validated(stuck[4], True)
     progress.close()
     printed = "".join(capsys.readouterr())
     assert "<div" not in printed
     assert printed.splitlines()[0] == "the plan"
+    assert printed.count("warning: plateau: over 5 validations") == 1
+
+
+def test_plain_lines_after_a_failure_know_the_rows_that_the_page_has_shown(progress, screen, clock, capsys):
+    stuck = history(val_ppl=[68.0, 67.8, 67.9, 67.6, 67.4], val_accuracy=[0.305] * 5)
+    progress.begin(RECORD, stuck[:3])
+
+    def fail():
+        raise RuntimeError("no socket")
+
+    screen.on_update = fail
+    progress.validated(stuck[3], True)  # not shown any more: told by the plain lines, as all that follows
+    progress.validated(stuck[4], True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["epoch", "4.00", "5.00", "warning:"]
+    assert "plateau: over 5 validations the perplexity moved by 0.9%" in lines[4]
 
 
 # --- in a kernel ------------------------------------------------------------------------------------------------

@@ -35,6 +35,25 @@ def test_a_batch_left_open_is_the_machines_as_far_as_the_data_go(text, data, cha
     assert kept.identity == setup.identity
 
 
+# --- a text that was read before ----------------------------------------------------------------------------------
+
+
+def test_a_text_read_before_serves_another_run_of_it(text):
+    earlier = make_setup(tiny_config(text, vocab_size=40))
+    other = tiny_config(text, vocab_size=40, batch_size=4, lr=1e-2, dropout=0.0, sequence_length=9, name="other")
+    again = make_setup(other, prepared=earlier.prepared)
+    assert (again.config.train.batch_size, again.rate.value, again.config.model.dropout) == (4, 1e-2, 0.0)
+    assert (again.train_split.ids.shape[1], again.config.name, again.config.model.vocab_size) == (9, "other", 34)
+    assert again.identity == make_setup(other).identity != earlier.identity
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 20}, {"data": "builtin"}, {"text_unit": "file"}], ids=str)
+def test_a_text_read_otherwise_is_not_taken_for_this_one(text, changes):
+    earlier = make_setup(tiny_config(text, vocab_size=40))
+    with pytest.raises(AssertionError, match="another text or tokenizer"):
+        make_setup(tiny_config(text, vocab_size=40).replace(**changes), prepared=earlier.prepared)
+
+
 # --- the precision ----------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,12 @@ from click.testing import CliRunner
 from newllm_lib import probe as room
 from newllm_lib.cli import main
 from newllm_lib.hardware import choose_precision, detect
+from newllm_lib.probe import machine as machine_room
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(room, "_SECONDS", 0.01)
+    monkeypatch.setattr(machine_room, "_SECONDS", 0.01)
 
 
 def test_it_tells_what_auto_would_take():

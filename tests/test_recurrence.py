@@ -40,6 +40,21 @@ def test_masks_of_fewer_rows_another_order_and_another_type_are_the_same_masks()
         assert torch.equal(moved.next_masks(rows), expected[:, order[:rows]])
 
 
+def test_masks_of_a_batch_in_parts_are_those_of_the_batch():
+    whole, parts = Dropout(0.4, 5), Dropout(0.4, 5, batch_rows=7)
+    whole.start(2, 7, 9)
+    expected = [whole.next_masks(7) for _ in range(3)]
+    for first, rows, order in ((0, 3, None), (3, 3, torch.tensor([2, 0, 1])), (6, 1, None)):
+        parts.first_row = first
+        parts.start(2, rows, 9, order)
+        for masks in expected:
+            part = masks[:, first : first + rows]
+            assert torch.equal(parts.next_masks(rows), part if order is None else part[:, order])
+    parts.first_row = 0
+    parts.start(2, 7, 9)  # the batch in one piece
+    assert torch.equal(parts.next_masks(7), expected[0])
+
+
 def test_masks_are_not_correlated_between_units_rows_layers_or_steps():
     """Mean of products of centred masks; its deviation is 0.25 / sqrt(count) for independent ones."""
     masks = masks_of(0.5, 3, shape=(2, 200, 64), steps=40).float() - 0.5

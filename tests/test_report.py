@@ -63,6 +63,35 @@ def test_losses_that_are_not_finite_are_told_and_never_the_best(tmp_path, capsys
     assert ("No validation yet" in (tmp_path / "report.md").read_text()) == (best is None)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"), (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (60, "1 min"), (145.4, "2 min 25 s"),
+        (1109.3, "18 min 29 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h"), (4140, "1 h 9 min"), (97_200, "27 h"),
+        (100_799, "28 h"), (100_820, "28 h"),
+    ],
+)  # fmt: skip
+def test_durations_read_well(seconds, text):
+    assert report.duration(seconds) == text
+
+
+def test_what_the_history_warned_of_stands_in_the_report(tmp_path):
+    stuck = [row(step, 4.2, 67.0) for step in range(4, 36, 4)]  # epochs 1 to 8, at the share of <UNK>
+    rows = [*stuck, row(36, 3.0, 20.1) | {"val_accuracy": 0.4}, row(40, 2.9, 18.0) | {"skipped_steps": 3}]
+    report.write_report(tmp_path, RECORD | {"best": rows[-1]}, rows)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("## Warnings") == 1
+    assert text[text.index("## Warnings") : text.index("## Time to")] == (
+        "## Warnings\n\n"
+        "- epochs 5.00 to 8.00: plateau: over 5 validations the perplexity moved by 0.0%, and the accuracy is the "
+        "share of \\<UNK> (25.0%): the model says \\<UNK> and nothing else.\n"
+        "- epoch 10.00: skipped steps: 3 since the validation before, 3 in all, because gradients were not finite; a "
+        "few are normal in FP16, while the loss scale settles.\n\n"
+    )
+    report.write_report(tmp_path, RECORD | {"best": GOOD}, [GOOD, WORSE])
+    assert "Warnings" not in (tmp_path / "report.md").read_text()
+
+
 def test_special_tokens_of_a_sample_are_no_html(tmp_path):
     report.write_report(tmp_path, RECORD | {"best": None, "samples": ["**<BOS> a** <UNK> b"]}, [])
     assert "> **\\<BOS> a** \\<UNK> b\n" in (tmp_path / "report.md").read_text()

@@ -79,7 +79,9 @@ def test_the_record_and_the_history_agree_with_each_other_and_the_model(config):
     assert run.best["step"] == int(best["step"])
     assert run.record["status"] == "finished"
     assert run.record["peak_memory_bytes"] > 0
-    assert run.record["decided"] == {"batch_size": 8, "precision": "fp32", "engine": "fused"}
+    assert run.record["decided"] == {
+        "batch_size": 8, "micro_batch_size": None, "precision": "fp32", "engine": "fused",
+    }  # fmt: skip
     assert run.history["val_ppl"].min() == pytest.approx(run.best["val_ppl"])
     assert run.record["parameters"] == sum(p.numel() for p in run.model.parameters())
     assert run.config.model == config.replace(vocab_size=34).model  # 30 words and the special ids
@@ -281,6 +283,43 @@ def test_a_failed_run_says_where_it_stopped_and_keeps_what_it_had(config):
     run = nl.load(f"{config.results_dir}/bad")
     assert run.record["status"] == "failed"
     assert run.best["step"] == 3
+
+
+class Closed(Quiet):
+    def __init__(self):
+        super().__init__()
+        self.open = True
+
+    def message(self, text):
+        super().message(text)
+        self.open = True
+
+    def close(self):
+        self.open = False
+
+
+def test_progress_is_closed_however_a_run_ends_or_fails_to_begin(done):
+    def fail(_trainer):
+        raise KeyboardInterrupt
+
+    shutil.copytree("results/done", "results/broken")
+    shutil.rmtree("results/broken/checkpoints")
+    for changes, error in (
+        ({}, None),  # it has already finished
+        ({"name": "other", "epochs": 1}, None),
+        ({"name": "other", "epochs": 2, "watch": fail}, KeyboardInterrupt),
+        ({"no_such_field": 1}, ValueError),
+        ({"data": "nowhere"}, (OSError, ValueError)),
+        ({"batch_size": 1000}, ValueError),
+        ({"name": "broken"}, CheckpointError),
+    ):
+        progress = Closed()
+        if error is None:
+            nl.train(done, progress=progress, **changes)
+        else:
+            with pytest.raises(error):
+                nl.train(done, progress=progress, **changes)
+        assert not progress.open, changes
 
 
 def test_plan_decides_without_training_or_writing(config, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from newllm_lib.cli import comparing, importing, sharing, study, training, using
+from newllm_lib.cli import comparing, importing, sharing, studies, study, training, using
 
 
 class Messages(click.Group):
@@ -23,10 +23,10 @@ class Messages(click.Group):
 
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, TrainingError) as error:
+        except (ValueError, OSError, MemoryError, TrainingError) as error:
             if os.environ.get("NEWLLM_DEBUG"):
                 raise
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(str(error) or "memory ran out") from error
 
 
 @click.group(cls=Messages, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118})
@@ -47,6 +47,8 @@ for _command in (
     sharing.open_,
     study.probe,
     study.lr_find,
+    studies.precisions,
+    studies.lr_scaling,
     study.bench,
 ):
     main.add_command(_command)

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from newllm_lib.config import FlatField, allowed_types, describe_allowed, flat_fields
+from newllm_lib.config import FlatField, flat_fields
+from newllm_lib.notation import parse
+from newllm_lib.settings import allowed_types, describe_allowed
 
 SECTIONS = {"run": "Run", "data": "Data", "model": "Model", "train": "Recipe and machine"}
 
@@ -21,19 +23,13 @@ class FieldValue(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Text to the field's type; 'none' where the field allows it."""
-        kinds = allowed_types(self.item.type)
         if not isinstance(value, str):
             return value
-        if value.lower() == "none" and type(None) in kinds:
-            return _NONE
         try:
-            if self.item.name == "clip_by_epoch":
-                return tuple((int(epoch), float(norm)) for epoch, norm in (p.split(":") for p in value.split(",")))
-            if int in kinds:
-                return int(value)
-            return float(value) if float in kinds else value
-        except ValueError:
-            self.fail(f"{value!r}: must be {describe_allowed(self.item.type, self.item.metadata)}", param, ctx)
+            parsed = parse(self.item, value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return _NONE if parsed is None else parsed
 
 
 _NONE = object()

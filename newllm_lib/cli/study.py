@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,60 @@ from newllm_lib.cli.fields import Sectioned, field_options, overrides_of
 from newllm_lib.cli.training import config_of
 
 
-@click.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:1.")
-@click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads (default: all cores).")
+@click.command(cls=Sectioned)
+@click.argument("preset", required=False)
+@click.option(
+    "--policy",
+    type=click.Choice(("fast", "fill", "recipe")),
+    help="What to look for: fast (default) = the smallest batch within 5 % of the best speed, fill = the largest that "
+    "fits the memory, recipe = the largest pieces in which the recipe's own batch fits.",
+)
+@click.option(
+    "--memory-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Largest share of the usable memory that a batch may take (default 0.9).",
+)
+@click.option("--seconds", type=click.FloatRange(0), help="Longest time for the search (default 60).")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def probe(device: str, threads: int | None, as_json: bool) -> None:
-    """Show this machine: memory, the precision and engine that `auto` takes and why, and its product rates."""
+@field_options
+def probe(
+    preset: str | None,
+    policy: str | None,
+    memory_share: float | None,
+    seconds: float | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show this machine, or find the batch with which PRESET should train on it.
+
+    Without PRESET: memory, the precision and engine that `auto` takes and why, and the product rates. With PRESET: real
+    steps of a throw-away copy at growing batches, each told on standard error; what was found is remembered for
+    `--batch-policy`. Options as for `newllm train`.
+    """
     from newllm_lib import probe as room
 
-    found = room.probe(device, threads)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    click.echo("\n".join(f"{name:>10}  {text}" for name, text in room.probe_lines(found)))
+    overrides = overrides_of(options)
+    config = config_of(preset or "auto", overrides)
+    searching = {"policy": policy, "memory_share": memory_share, "seconds": seconds}
+    searching = {name: value for name, value in searching.items() if value is not None}
+    if preset is None:
+        if searching or overrides.keys() - {"device", "threads"}:
+            raise click.UsageError("name a PRESET to find a batch for; this machine alone needs --device and --threads")
+        found = room.probe(config.train.device, config.train.threads)
+        lines = [f"{name:>10}  {text}" for name, text in room.probe_lines(found)]
+    else:
+        searching.setdefault("policy", overrides.get("batch_policy", "fast"))
+        choice = room.find_batch(config, report=lambda text: click.echo(text, err=True), **searching)
+        typed = f"newllm train {preset}{_options(choice, searching.keys() == {'policy'})} (with your other options)"
+        found, lines = dataclasses.asdict(choice), [*choice.lines(), f"  to use it: {typed}"]
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines))
+
+
+def _options(choice: Any, as_training_searches: bool) -> str:
+    """What to type for a batch that was found; training finds it again only by a search like its own."""
+    if choice.policy == "recipe":
+        return f" --micro-batch-size {choice.micro_batch_size}" if choice.micro_batch_size else ""
+    return f" --batch-policy {choice.policy}" if as_training_searches else f" --batch-size {choice.batch_size}"
 
 
 @click.command("lr-find", cls=Sectioned)

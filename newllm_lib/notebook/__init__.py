@@ -11,7 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from newllm_lib.notebook.progress import Row, View, curves_png, follow, page, summary
+from newllm_lib.diagnose import Row, follow
+from newllm_lib.mirror import Safety
+from newllm_lib.notebook.colab import unsaved
+from newllm_lib.notebook.progress import View, curves_png, page, summary
 from newllm_lib.progress import Progress, TerminalProgress
 
 __all__ = ["NotebookProgress", "in_notebook"]
@@ -46,6 +49,7 @@ class NotebookProgress(Progress):
         self._followed = self._plotted = 0  # rows of the history
         self._next_curves = -math.inf
         self._unshown: list[tuple[str, tuple]] = []  # what plain lines would have to say first
+        self._safety: Callable[[], Safety | None] = unsaved
 
     def begin(self, record: dict[str, Any], history: list[Row]) -> None:
         """A run begins or goes on: its record, as in run.json, and the rows that it has so far.
@@ -55,6 +59,7 @@ class NotebookProgress(Progress):
         if self._view.ended:
             self._start()
         self._view.record, self._view.rows = record, list(history)
+        self._hand_over("begin", record, history)
         self._show(important=True)
 
     def message(self, text: str) -> None:
@@ -88,6 +93,11 @@ class NotebookProgress(Progress):
         self._hand_over("validated", row, best)
         self._show(important=True)
         self._last_step = self._clock()  # so that the validation counts for no step
+
+    def watch(self, safety: Callable[[], Safety]) -> None:
+        """Show from here on how safe the work is."""
+        self._safety = safety
+        self._hand_over("watch", safety)
 
     def close(self) -> None:
         """Show how it ended, as far as is known: by the record, once that says so. What is shown stays."""
@@ -140,6 +150,7 @@ class NotebookProgress(Progress):
             self._next_curves = now + min(10.0, 20 * (self._clock() - now))
         left = statistics.median(self._durations) * (view.total_steps - view.step) if self._durations else None
         view.seconds = now - self._begun if view.ended else left
+        view.safety = self._safety()
         data = {"text/html": page(view), "text/plain": summary(view)}
         if self._handle is None:
             from IPython.display import display
@@ -153,5 +164,10 @@ class NotebookProgress(Progress):
         """Plain lines from here on, beginning with what the page does not show."""
         self._plain = TerminalProgress(sys.stdout)
         self._plain.message(f"warning: the live display failed ({type(error).__name__}: {error}); plain lines instead")
+        if self._view.record is not None:
+            unshown = sum(event == "validated" for event, _ in self._unshown)
+            self._plain.begin(self._view.record, self._view.rows[: len(self._view.rows) - unshown])
+        if self._safety is not unsaved:
+            self._plain.watch(self._safety)
         for event, details in self._unshown:
             getattr(self._plain, event)(*details)

@@ -1,4 +1,4 @@
-"""What a notebook shows of a run that trains: what its history warns of, the page, the curves. Pure functions.
+"""What a notebook shows of a run that trains: the page, the curves. Pure functions.
 
 Plain HTML and a picture, without widgets, scripts and style sheets: Jupyter, Colab, Kaggle and VS Code show it alike,
 in light and in dark, and a saved notebook keeps it.
@@ -10,100 +10,12 @@ import io
 import math
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 from newllm_lib import published
-from newllm_lib.progress import _duration
-from newllm_lib.report import best_row
-
-Row = dict[str, Any]
-"""A row of the history, as `Progress.validated` gets it."""
-
-
-# --- what a history warns of ------------------------------------------------------------------------------------
-
-
-def plateau(history: list[Row], unknown_share: float | None) -> str | None:
-    """Five validations that moved the perplexity by less than 1%, at the accuracy of saying <UNK> always.
-
-    unknown_share: the fraction of validation targets that are <UNK>; without any there is no such plateau.
-    """
-    last = history[-5:]
-    if len(last) < 5 or not unknown_share:
-        return None
-    values = [_number(row, "val_ppl") for row in last]
-    moved = max(values) / min(values) - 1 if all(map(math.isfinite, values)) else math.inf
-    at_share = all(abs(_number(row, "val_accuracy") - unknown_share) < 0.005 for row in last)
-    if moved >= 0.01 or not at_share:
-        return None
-    return (
-        f"plateau: over 5 validations the perplexity moved by {moved:.1%}, and the accuracy is the share of <UNK> "
-        f"({unknown_share:.1%}): the model says <UNK> and nothing else"
-    )
-
-
-def skipped_steps(history: list[Row]) -> str | None:
-    """Steps that were skipped since the validation before."""
-    counts = [0, *(row["skipped_steps"] or 0 for row in history[-2:])]
-    new = counts[-1] - counts[-2]
-    if new <= 0:
-        return None
-    return (
-        f"skipped steps: {new} since the validation before, {counts[-1]} in all, because gradients were not finite; "
-        "a few are normal in FP16, while the loss scale settles"
-    )
-
-
-def turning_up(history: list[Row]) -> str | None:
-    """Three validations in a row more than 1% above the best perplexity, the training loss below that of the best."""
-    best, last = best_row(history), history[-3:]
-    if best is None or len(last) < 3:
-        return None
-    above = all(_number(row, "val_ppl") > 1.01 * best["val_ppl"] for row in last)
-    falls = all(_number(row, "train_loss") < _number(best, "train_loss") for row in last)
-    if not (above and falls):
-        return None
-    return (
-        "validation turns up: three in a row at a perplexity more than 1% above the best, "
-        f"{best['val_ppl']:.2f} at epoch {best['epoch']:.2f}, while the training loss falls: more training makes the "
-        "model worse on new text"
-    )
-
-
-def findings(history: list[Row], unknown_share: float | None) -> dict[str, str]:
-    """What the newest row of a history warns of: kind -> text; empty where there is nothing to say."""
-    found = {
-        "plateau": plateau(history, unknown_share),
-        "skipped_steps": skipped_steps(history),
-        "turning_up": turning_up(history),
-    }
-    return {kind: text for kind, text in found.items() if text}
-
-
-class Spell(NamedTuple):
-    """A stretch of validations that all warned of the same thing."""
-
-    text: str
-    first_epoch: float
-    last_epoch: float
-    active: bool
-    """Whether the newest validation still warns of it."""
-
-
-def follow(spells: dict[str, Spell], history: list[Row], unknown_share: float | None) -> dict[str, Spell]:
-    """The newest spell of each kind (kind -> Spell), after a history that has one row more than `spells` knows."""
-    epoch = history[-1]["epoch"]
-    after = {kind: spell._replace(active=False) for kind, spell in spells.items()}
-    for kind, text in findings(history, unknown_share).items():
-        begun = spells[kind].first_epoch if kind in spells and spells[kind].active else epoch
-        after[kind] = Spell(text, begun, epoch, True)
-    return after
-
-
-def _number(row: Row, name: str) -> float:
-    """A value of a row; NaN, which is neither above nor below anything, where it has none."""
-    return math.nan if row[name] is None else row[name]
-
+from newllm_lib.diagnose import Row, Spell, best_row, number
+from newllm_lib.mirror import Safety
+from newllm_lib.report import duration
 
 # --- the page ---------------------------------------------------------------------------------------------------
 
@@ -133,6 +45,8 @@ class View:
     rows: list[Row] = field(default_factory=list)
     spells: dict[str, Spell] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    safety: Safety | None = None
+    """None where there is nothing to fear."""
     curves: str = ""
     """A PNG in base64."""
 
@@ -144,7 +58,8 @@ class View:
 
 def page(view: View) -> str:
     """HTML in the colours of the page around it; every text in it escaped."""
-    parts = (_title(view.record), _state(view), _notes(view), _picture(view.curves), _table(view.rows))
+    parts = (_title(view.record), _state(view), _work(view.safety), _notes(view), _picture(view.curves))
+    parts += (_table(view.rows),)
     return f'<div style="max-width:960px;font-size:13px;line-height:1.45">{"".join(parts)}</div>'
 
 
@@ -175,7 +90,7 @@ def _state(view: View) -> str:
     """Where the run is, in cells of fixed width, and the bar."""
     if not view.total_steps:
         return ""
-    left = "–" if view.seconds is None else _duration(view.seconds)
+    left = "–" if view.seconds is None else duration(view.seconds)
     cells = (
         ("status", view.status),
         ("epoch", f"{view.epoch:.2f}"),
@@ -199,10 +114,19 @@ def _state(view: View) -> str:
     )
 
 
+def _work(safety: Safety | None) -> str:
+    """How safe the work is, in one line."""
+    if safety is None:
+        return ""
+    mark = "" if safety.safe else "<b>\N{WARNING SIGN}\N{VARIATION SELECTOR-15}</b> "
+    look = "opacity:.7" if safety.safe else f"border-left:3px solid {ORANGE};padding-left:1ch"
+    return f'<div style="font-size:12px;{look}">{mark}your work: {escape(safety.text)}</div>'
+
+
 def _notes(view: View) -> str:
     """What the history warns of, then the messages, warnings marked."""
     spells = sorted(view.spells.values(), key=lambda spell: not spell.active)
-    notes = [_note(f"{_when(spell)}: {spell.text}", True, spell.active) for spell in spells]
+    notes = [_note(str(spell), True, spell.active) for spell in spells]
     if (hidden := len(view.messages) - LAST_MESSAGES) > 0:
         notes.append(_note(f"{hidden:>10}  earlier messages are not shown", False))
     last = view.messages[-LAST_MESSAGES:]
@@ -217,13 +141,6 @@ def _note(text: str, warning: bool, active: bool = True) -> str:
     edge = f"border-left:3px solid {ORANGE};margin:3px 0" if warning else "border-left:3px solid transparent"
     style = f"{MONOSPACE};white-space:pre-wrap;overflow-wrap:anywhere;{indent};{edge}"
     return f'<div style="{style}{"" if active else ";opacity:.6"}">{mark}{escape(text)}</div>'
-
-
-def _when(spell: Spell) -> str:
-    first, last = f"{spell.first_epoch:.2f}", f"{spell.last_epoch:.2f}"
-    if first == last:
-        return f"epoch {first}"
-    return f"since epoch {first}" if spell.active else f"epochs {first} to {last}"
 
 
 def _picture(curves: str) -> str:
@@ -259,7 +176,7 @@ def _table(rows: list[Row]) -> str:
         if hidden and row is rows[-LAST_ROWS]:  # the gap is just before the last rows
             text = f"{hidden:,} earlier {'row is' if hidden == 1 else 'rows are'} not shown; history.csv has them all"
             lines.append(_table_line(f'<td colspan="9" style="text-align:center;opacity:.7;padding:2px">{text}</td>'))
-        cells = [_figure(_number(row, name), form) for _, name, form in columns]
+        cells = [_figure(number(row, name), form) for _, name, form in columns]
         if row is best:
             cells[0] = f"\N{BLACK STAR} {cells[0]}"
         lines.append(_table_line("".join(map(_cell, cells)), marked=row is best))
@@ -329,6 +246,7 @@ def curves_png(record: dict[str, Any] | None, history: list[Row]) -> bytes:
         for axes, title in ((loss, "loss (nats a token)"), (ppl, "perplexity"), (accuracy, "accuracy (%)")):
             axes.set_title(title)
             axes.set_xlabel("epochs", labelpad=1)
+            axes.locator_params("x", nbins=6)  # the long labels of one row alone do not touch
             axes.legend()
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -351,7 +269,7 @@ def _plain_log_scale(axes) -> None:
 
 def _drawn(history: list[Row], name: str) -> list[float]:
     """A column, NaN where a number is missing or not finite: a gap in the curve."""
-    return [value if math.isfinite(value) else math.nan for value in (_number(row, name) for row in history)]
+    return [value if math.isfinite(value) else math.nan for value in (number(row, name) for row in history)]
 
 
 def _draw_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:

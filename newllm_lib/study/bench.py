@@ -30,6 +30,7 @@ from newllm_lib.hardware import (
     peak_memory_bytes,
 )
 from newllm_lib.model import NewLLM
+from newllm_lib.planning import matrix_parameters
 from newllm_lib.recurrence.products import Product
 from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.step import make_optimizers, optimizer_step
@@ -164,12 +165,6 @@ def describe(case: Case, ids: Tensor, taken: list[tuple[float, float]]) -> dict[
         "product_rate": product_flops / statistics.median(product for _, product in taken),
         "product_share": share,
     }
-
-
-def matrix_parameters(config: ModelConfig) -> int:
-    """Parameters that multiply each token: the token half of the first layer is looked up, not multiplied."""
-    h, c = config.hidden_dim, config.context_dim
-    return h * c + (config.num_layers - 1) * h * h + 3 * c * h + config.vocab_size * h
 
 
 def case_products(case: Case, machine: Machine) -> Callable[[], None]:

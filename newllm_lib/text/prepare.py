@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -65,6 +66,13 @@ class Prepared:
     tokenizer: Tokenizer
     texts: dict[str, EncodedTexts]
     config: RunConfig
+    made_by: tuple
+    """The settings that text and tokenizer came from (`text_settings`)."""
+
+    def under(self, config: RunConfig) -> Prepared:
+        """The same text for a run whose other settings differ; those that made the text must be equal."""
+        assert text_settings(config) == self.made_by, "another text or tokenizer than the one that was prepared"
+        return dataclasses.replace(self, config=_within(config, self.tokenizer))
 
     def split(self, name: str, lanes: int | None = None) -> Split:
         """The arrays of a split; `lanes` is the batch of a stream (None = that of the evaluation)."""
@@ -96,9 +104,20 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Prepared:
     """
     corpus = load_corpus(config.data)
     tokenizer, texts = _encode_cached(corpus, config, tokenizer)
-    if tokenizer.vocab_size < config.model.vocab_size:
-        config = config.replace(vocab_size=tokenizer.vocab_size)
-    return Prepared(corpus.name, corpus.fingerprint, tokenizer, texts, config)
+    within = _within(config, tokenizer)
+    return Prepared(corpus.name, corpus.fingerprint, tokenizer, texts, within, text_settings(config))
+
+
+def text_settings(config: RunConfig) -> tuple:
+    """What decides the encoded text and its tokenizer; everything else may differ between runs that share them."""
+    data = config.data
+    source = (data.data, data.text_unit, data.validation_fraction, data.test_fraction)
+    return (*source, data.tokenizer, data.sentencepiece_model, config.model.vocab_size)
+
+
+def _within(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """A vocabulary no larger than the tokenizer's."""
+    return config.replace(vocab_size=min(config.model.vocab_size, tokenizer.vocab_size))
 
 
 def _encode_cached(

@@ -17,6 +17,7 @@ from newllm_lib.hardware import (
     detect,
     environment,
 )
+from newllm_lib.probe.memory import free_memory_bytes
 from newllm_lib.recurrence.products import Product
 from newllm_lib.recurrence.selfcheck import choose_engine
 
@@ -58,17 +59,6 @@ def _formats(machine: Machine) -> list[str]:
     return ["fp32", *native]
 
 
-def free_memory_bytes(machine: Machine) -> int | None:
-    """Memory that can still be used, of the GPU or of the machine; None where the system does not say."""
-    if machine.kind == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
 def product_rate(machine: Machine, precision: str, rows: int) -> float:
     """FLOP a second of the median (rows x 512) by (512 x 512) product."""
     kind = {"dtype": Precision(precision, "measured").dtype, "device": machine.device}
@@ -79,18 +69,19 @@ def product_rate(machine: Machine, precision: str, rows: int) -> float:
         product(x)
         taken: list[float] = []
         while sum(taken) < _SECONDS or len(taken) < 5:
-            _wait(machine)
+            wait(machine)
             started = time.perf_counter()
             for _ in range(20):
                 product(x)
-            _wait(machine)
+            wait(machine)
             taken.append((time.perf_counter() - started) / 20)
     return 2 * rows * _WIDTH * _WIDTH / statistics.median(taken)
 
 
-def _wait(machine: Machine) -> None:
+def wait(machine: Machine) -> None:
+    """Until a GPU has done what it was given."""
     if machine.kind == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(machine.device)
 
 
 def probe_lines(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,145 @@
+"""A run to go on with, made from a file: a bundle with a checkpoint, or a checkpoint of this library."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from newllm_lib import report
+from newllm_lib.checkpoint import CheckpointError, Checkpoints, copy_checkpoint, load_checkpoint, valid_step
+from newllm_lib.config import RunConfig
+from newllm_lib.files import sha256_of
+from newllm_lib.hardware import detect, environment
+from newllm_lib.importing import read_old
+from newllm_lib.runs import Run
+from newllm_lib.sharing import MANIFEST, BundleError, open_bundle
+
+_OF_THE_OTHER_MACHINE = ("device", "device_name", "capability", "threads", "usable_memory_bytes")
+
+
+def adopt(path: str | Path, results_dir: str | Path = "results", name: str | None = None) -> Run:
+    """Put a file's training state into the folder of a run, `results_dir/<its run>` (or `name`), and return the run.
+
+    path: a bundle with a checkpoint, or one checkpoint file. `train(run.requested, epochs=..., data=...)` then goes on
+    with it. A run that is there already keeps what it has, and gets the state where that is newer.
+
+    CheckpointError or BundleError when the file cannot be continued; FileExistsError where the folder holds another
+    run. Then nothing is changed.
+    """
+    path, results = Path(path), Path(results_dir)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    results.mkdir(parents=True, exist_ok=True)
+    if not _is_bundle(path):
+        payload = _load(path)
+        return _place(path, payload, results / (name or payload["run"]))
+    with tempfile.TemporaryDirectory(prefix=".adopting-", dir=results) as scratch:
+        opened = open_bundle(path, scratch)
+        found = Checkpoints(opened.folder / "checkpoints", opened.folder.name).newest_valid(_to_stderr)
+        if found is None:
+            raise BundleError(
+                f"{path}: holds no checkpoint, so its run cannot be continued: it needs a bundle that was made with "
+                "one (in the shell --checkpoint)"
+            )
+        folder = results / (name or opened.folder.name)
+        if folder.exists():
+            return _place(*found, folder)
+        record = opened.record  # with the places of another machine
+        for part in ("config", "requested"):
+            record[part] = record.get(part, record["config"]) | {"mirror_dir": None}
+        report.write_record(opened.folder, record)
+        opened.folder.rename(folder)
+    return Run(folder)
+
+
+def _is_bundle(path: Path) -> bool:
+    """A checkpoint is a zip file too."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return MANIFEST in archive.namelist()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The payload of a checkpoint; CheckpointError says more where it is one of the series' old files."""
+    try:
+        return load_checkpoint(path, lambda text: None)
+    except CheckpointError as error:
+        try:
+            read_old(path)
+        except ValueError:
+            raise error from None
+        raise CheckpointError(
+            f"{path}: a file of the published series: it has weights and histories, but no state of the optimizer or "
+            "the random numbers to go on from. import_checkpoint (in the shell newllm import) brings its weights; a "
+            "longer run starts anew, for example with the preset l4_fp16_extended"
+        ) from error
+
+
+def _place(source: Path, payload: dict[str, Any], folder: Path) -> Run:
+    """Copy a checkpoint into a run's folder, where that does not have it or a newer one, and see to its record."""
+    checkpoints, state = Checkpoints(folder / "checkpoints", folder.name), payload["state"]
+    _check_same_run(checkpoints, payload)
+    if max(map(valid_step, checkpoints.files()), default=-1) < state["step"]:
+        is_best = state["best_step"] == state["step"]
+        entry = {"sha256": sha256_of(source), "step": state["step"], "bytes": source.stat().st_size}
+        copy_checkpoint(source, checkpoints.best if is_best else checkpoints.step(state["step"]), entry)
+        if not is_best and not checkpoints.best.exists() and state["history"]:
+            _to_stderr(
+                f"{source.name} is of step {state['step']}, its run's best weights were those of step "
+                f"{state['best_step']}: they are not in it, and model/ stays empty until a better validation"
+            )
+    if not (folder / "run.json").exists():
+        report.write_history(folder, state["history"])
+        report.write_record(folder, _record(payload, folder))
+    return Run(folder)
+
+
+def _check_same_run(checkpoints: Checkpoints, payload: dict[str, Any]) -> None:
+    folder = checkpoints.folder.parent
+    if (folder / "run.json").exists():
+        identity = report.read_record(folder).get("identity")
+    else:
+        found = checkpoints.newest_valid(_to_stderr)
+        identity = found[1]["identity"] if found else payload["identity"]
+    if identity != payload["identity"]:
+        raise FileExistsError(f"{folder}: is there already, and is another run; give another name")
+
+
+def _record(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """run.json as far as a checkpoint tells; the rest is None until the run goes on."""
+    elsewhere = {"name": folder.name, "results_dir": str(folder.parent), "mirror_dir": None}
+    config = RunConfig.from_dict(payload["config"] | elsewhere)
+    decided = {"batch_size": config.train.batch_size} | ({"precision": "fp16"} if payload["scaler"] else {})
+    state = payload["state"]
+    return {
+        "run": folder.name,
+        "preset": config.preset,
+        "status": "interrupted",
+        "identity": payload["identity"],
+        "parameters": config.model.num_parameters,
+        "published_protocol": False,
+        "faithful": None,
+        "faithful_reason": None,
+        "decided": decided,
+        "plan": [],
+        "decay_steps": state["decay_steps"],
+        "data": {"name": str(config.data.data), "fingerprint": payload["data_fingerprint"]},
+        "validation": {"tokens": None, "unknown_share": None, "digest": None},
+        "peak_memory_meaning": "on the machine that it was trained on",
+        "environment": environment(detect("cpu")) | dict.fromkeys(_OF_THE_OTHER_MACHINE),
+        "config": config.to_dict(),
+        "requested": payload.get("requested", payload["config"]) | elsewhere,
+        "commands": [],
+        "samples": [],
+        "step": state["step"],
+        "total_steps": None,
+        "best": report.best_row(state["history"]),
+    }
+
+
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

@@ -1,0 +1,173 @@
+"""Where a notebook's results live on Colab and Kaggle: Google Drive where it is wanted, and a download at the end.
+
+Nothing here asks the user anything unless `use_drive` is on, and whatever fails is said and gone on without.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from html import escape
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from newllm_lib.files import write_text_atomic
+from newllm_lib.mirror import Safety
+
+MOUNT_POINT = Path("/content/drive")
+DRIVE_FOLDER = "MyDrive/newllm"
+MAX_DOWNLOAD_BYTES = 100 << 20
+"""Above it a download through the browser is not tried: large ones fail without a word."""
+KAGGLE_OUTPUT = Path("/kaggle/working")
+
+
+class Storage(NamedTuple):
+    """Where runs are written, and where a copy of each is kept."""
+
+    results_dir: str
+    """On this machine."""
+    mirror_dir: str | None
+    """On Google Drive; None where that is off, or cannot be used."""
+
+
+def in_colab() -> bool:
+    """Whether this is a Colab runtime."""
+    try:
+        import google.colab  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def in_kaggle() -> bool:
+    """Whether this is a Kaggle notebook."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def unsaved() -> Safety | None:
+    """How safe a run without a copy is, where the machine itself goes away; None elsewhere."""
+    if in_colab():
+        return Safety("local", "only on this machine, which Colab deletes when the runtime ends")
+    if in_kaggle():
+        return Safety("local", f"only on this machine; Kaggle keeps {KAGGLE_OUTPUT} when you choose Save Version")
+    return None
+
+
+def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:
+    """Results on this machine; with `use_drive` on Colab also a verified copy in `folder` of Google Drive.
+
+    Off, it does and asks nothing. On, it mounts Drive, which asks for permission unless it is mounted already; where
+    that fails, for whatever reason or because it is interrupted, a red note says why, and the work goes on on this
+    machine alone. ValueError when `folder` is no path such as MyDrive/newllm.
+    """
+    results = "results"
+    if not use_drive:
+        return Storage(results, None)
+    parts = PurePosixPath(folder).parts
+    if parts[:1] not in (("MyDrive",), ("Shareddrives",)) or len(parts) < 2 or ".." in parts:
+        raise ValueError(f"folder = {folder!r}: must be a folder below MyDrive or Shareddrives, such as {DRIVE_FOLDER}")
+    try:
+        place = _mounted() / folder
+        place.mkdir(parents=True, exist_ok=True)
+        _check_writing(place)
+    except KeyboardInterrupt:
+        _warn("the mounting was interrupted", "To use Drive, run this cell again and allow the access.")
+    except ImportError:
+        _warn("only Colab can mount it", "Elsewhere give a folder of your own as mirror_dir.")
+    except NotImplementedError as error:
+        _warn(f"this kind of runtime cannot mount it ({error})", "Take the results with you by the last cell.")
+    except Exception as error:  # the browser's part of it has errors of its own
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _warn(reason, "To try again: Runtime > Restart session, then Run all, and allow the access when asked.")
+    else:
+        print(f"runs are copied to {place} (Colab sends them on to Google's servers in the background)")
+        return Storage(results, str(place))
+    return Storage(results, None)
+
+
+def _mounted() -> Path:
+    """The mount point, Drive mounted there; mounting what is mounted already asks nothing."""
+    from google.colab import drive
+
+    drive.mount(str(MOUNT_POINT))
+    if not os.path.ismount(MOUNT_POINT):  # a folder of that name would take everything, and be no Drive
+        raise OSError(f"{MOUNT_POINT} is a folder of this machine, not a mounted Drive; move it away")
+    return MOUNT_POINT
+
+
+def _check_writing(place: Path) -> None:
+    probe = place / "newllm-test.txt"
+    write_text_atomic(probe, "to see whether files can be written here\n")
+    probe.unlink()
+
+
+def flush_drive(minutes: float = 10) -> bool:
+    """Wait until Google has everything that was written to Drive, then unmount it; whether that worked.
+
+    For the very end of a session, by hand: afterwards nothing can be copied until Drive is mounted again.
+    """
+    try:
+        from google.colab import drive
+
+        drive.flush_and_unmount(timeout_ms=int(minutes * 60_000))
+    except KeyboardInterrupt:
+        _warn("the waiting was interrupted", "What was written last may not have arrived yet.")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _warn(f"it was not flushed ({reason})", "Look at the newest files on drive.google.com before you end this.")
+    else:
+        return True
+    return False
+
+
+def offer_download(path: str | Path) -> None:
+    """Offer a file for download: by the browser on Colab, as a link in other notebooks; and say where it lies.
+
+    FileNotFoundError when there is no such file. A download that fails is said, not raised.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    print(f"{path.resolve()} ({size / 2**20:.1f} MiB)")
+    if in_colab():
+        _download_from_colab(path, size)
+        return
+    if in_kaggle():
+        print(f"what lies in {KAGGLE_OUTPUT} is under Output on the right, and is kept when you choose Save Version")
+    if _in_notebook() and path.resolve().is_relative_to(Path.cwd()):  # what a notebook's server can link to
+        from IPython.display import FileLink, display
+
+        display(FileLink(os.path.relpath(path)))
+
+
+def _download_from_colab(path: Path, size: int) -> None:
+    by_hand = "take it from the file browser (the folder on the left), or use Drive: use_drive=True in the storage cell"
+    if size > MAX_DOWNLOAD_BYTES:
+        print(f"too large for a download by the browser; {by_hand}")
+        return
+    try:
+        from google.colab import files
+
+        files.download(str(path))
+    except Exception as error:
+        print(f"the download failed ({type(error).__name__}: {error}); {by_hand}")
+    else:
+        print(f"your browser downloads it; should nothing arrive, {by_hand}")
+
+
+def _warn(reason: str, remedy: str) -> None:
+    """In red: Drive is not used, why, and what to do."""
+    title = "Google Drive is NOT used"
+    if not _in_notebook():
+        print(f"warning: {title}: {reason}. The work is on this machine only. {remedy}", file=sys.stderr)
+        return
+    from IPython.display import HTML, display
+
+    style = "border:2px solid #d62828;border-left-width:10px;background:rgba(214,40,40,.12);padding:6px 10px"
+    text = f"{escape(reason)}. The work is on this machine only, and lost with it. {escape(remedy)}"
+    display(HTML(f'<div style="{style}"><b style="color:#d62828">{title}</b>: {text}</div>'))
+
+
+def _in_notebook() -> bool:
+    from newllm_lib import notebook  # this file is a part of it
+
+    return notebook.in_notebook()

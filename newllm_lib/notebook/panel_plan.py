@@ -1,0 +1,241 @@
+"""What a panel says below its settings: what a run would be, what it costs, and why it cannot be. No widgets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from newllm_lib import presets
+from newllm_lib.checkpoint import Checkpoints
+from newllm_lib.config import RunConfig
+from newllm_lib.mirror import Mirror
+from newllm_lib.notebook.panel_fields import ORANGE, PILL, RED
+from newllm_lib.notebook.progress import LINE, MONOSPACE
+from newllm_lib.planning import Speed, make_setup, memory_estimate_bytes, plan_lines, unfaithful_reason
+from newllm_lib.probe import estimate_speed, free_memory_bytes, settle_batch
+from newllm_lib.report import duration
+from newllm_lib.runs import checkpoints_gone, earlier_record, run_folder
+from newllm_lib.text.prepare import Prepared, Split, prepare, text_settings
+from newllm_lib.trainer import Setup, difference, needs_new_end
+
+
+@dataclass(frozen=True)
+class Kept(Prepared):
+    """A text whose splits are laid out once, for as long as nothing that shapes them changes."""
+
+    splits: dict[str, tuple[tuple, Split]] = field(default_factory=dict)
+    """The newest of each name, and what shaped it."""
+
+    def split(self, name: str, lanes: int | None = None) -> Split:
+        """As `Prepared.split`."""
+        data = self.config.data
+        shape = (data.layout, data.sequence_length, data.stride, data.min_words)
+        if data.layout == "stream":
+            shape = (data.layout, data.sequence_length, lanes or data.eval_lanes)
+        if self.splits.get(name, ((), None))[0] != shape:
+            self.splits[name] = shape, super().split(name, lanes)
+        return self.splits[name][1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training with some settings would be."""
+
+    setup: Setup
+    folder: Path
+    record: dict[str, Any]
+    """Of the run that the folder holds; empty where there is none."""
+    refusal: str
+    """Why training would not go on with that run; '' where nothing stands against it."""
+    speed: Speed | None
+    """None where nothing comparable was ever measured here."""
+
+
+class Planner:
+    """Plans one configuration after another; the text is read again only where its settings changed."""
+
+    def __init__(self):
+        self._text: Kept | None = None
+        self._failed: tuple[tuple, Exception] | None = None
+
+    def must_read(self, config: RunConfig) -> bool:
+        """Whether a plan has to wait for a text to be read."""
+        wanted = text_settings(config)
+        return wanted not in (self._text and self._text.made_by, self._failed and self._failed[0])
+
+    @property
+    def failed(self) -> bool:
+        """Whether the text could not be read."""
+        return self._failed is not None
+
+    def forget_failure(self) -> None:
+        """Try again to read a text that could not be read."""
+        self._failed = None
+
+    def plan(self, config: RunConfig, measure: bool = False) -> Plan:
+        """Every decision of a run; ValueError or OSError where training would raise it, in the same words."""
+        text = self._read(config)
+        setup = make_setup(config, prepared=text)
+        folder, record, stop = run_folder(setup), {}, ""
+        copy = Mirror(folder, config.mirror_dir, setup.identity).place if config.mirror_dir else None
+        try:
+            record = earlier_record(folder)
+            stop = refusal_of(setup, folder, record)
+            if not record and copy:
+                record = earlier_record(copy)  # which training brings back
+            setup = make_setup(config, record["decided"], text) if record else setup
+        except ValueError as error:  # of that run: another folder would do
+            stop = str(error)
+        setup = _in_pieces(setup, record.get("decided", {}))
+        return Plan(setup, folder, record, stop, estimate_speed(setup, measure=measure))
+
+    def _read(self, config: RunConfig) -> Kept:
+        if self.must_read(config):
+            self._text = self._failed = None  # two texts may not fit into memory
+            try:
+                found = prepare(config)
+            except Exception as error:
+                self._failed = text_settings(config), error
+                raise
+            self._text = Kept(**{item.name: getattr(found, item.name) for item in dataclasses.fields(found)})
+        if self._failed:
+            raise self._failed[1]
+        return self._text
+
+
+def _in_pieces(setup: Setup, decided: dict[str, Any]) -> Setup:
+    """A batch cut as training would cut it; not for a policy, which takes its time, and not far from the limit."""
+    free = free_memory_bytes(setup.machine) or setup.machine.memory_bytes
+    if setup.config.train.batch_policy != "recipe" or memory_estimate_bytes(setup) < free / 2:
+        return setup
+    return settle_batch(setup, decided, lambda text: None)
+
+
+def refusal_of(setup: Setup, folder: Path, record: dict[str, Any]) -> str:
+    """Why a run cannot go on from what its folder holds, in the words of `train`; '' where it can."""
+    if not record.get("step"):
+        return ""
+    checkpoints = Checkpoints(folder / "checkpoints", folder.name)
+    newest = next(iter(checkpoints.files()), None)
+    if newest is None:
+        return checkpoints_gone(checkpoints.folder, record["step"])
+    if record["identity"] != setup.identity:
+        return f"{newest}: {difference(record | {'data_fingerprint': record['data']['fingerprint']}, setup)}"
+    train, end = setup.config.train, record.get("decay_steps")
+    decays = train.lr_schedule != "constant" and train.decay_steps is None
+    return f"{newest}: {needs_new_end(end, setup.total_steps)}" if decays and end and setup.total_steps > end else ""
+
+
+def tokens_per_step(setup: Setup) -> float:
+    """Real targets of a step, averaged over an epoch."""
+    return setup.train_split.num_tokens / setup.steps_per_epoch
+
+
+def steps_left(plan: Plan) -> int:
+    """Of the whole run, or of the one that the folder holds."""
+    return max(0, plan.setup.total_steps - (plan.record.get("step") or 0))
+
+
+def state_of(plan: Plan) -> str:
+    """What training would do with the folder."""
+    step, total, status = plan.record.get("step"), plan.setup.total_steps, plan.record.get("status")
+    if not step:
+        return "a new run"
+    if step >= total:
+        return (
+            f"already finished: {step:,} of {total:,} steps" if status == "finished" else f"at its end, step {step:,}"
+        )
+    if status == "stopped early":
+        return f"stopped early at step {step:,} of {total:,}; a larger patience goes on"
+    return f"continues at step {step:,} of {total:,}"
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """What does not stop a training, but should be known before."""
+    setup, found = plan.setup, []
+    needed, there = memory_estimate_bytes(setup), setup.machine.memory_bytes
+    if needed > there:
+        found.append(f"about {needed / 2**30:.1f} GiB are needed, and this machine has {there / 2**30:.1f} GiB")
+    if setup.config.train.batch_policy != "recipe" and "batch_size" not in plan.record.get("decided", {}):
+        policy = setup.config.train.batch_policy
+        found.append(f"batch_policy {policy} finds the batch when training starts; this plan is that of the recipe's")
+    if setup.config.preset in presets.FAITHFUL and (reason := unfaithful_reason(setup)):
+        found.append(f"not faithful to the published run: {reason}")
+    return found
+
+
+def lines_of(plan: Plan) -> list[tuple[str, str]]:
+    """(what, how much and why), with what is in the folder and the minutes that are left."""
+    lines = dict(plan_lines(plan.setup, str(plan.folder), plan.record.get("decay_steps")))
+    lines["run"] = f"{plan.folder}: {state_of(plan)}"
+    if plan.speed:
+        rate = plan.speed.tokens_per_second
+        lines["time"] = f"{time_of(plan)}, validation not counted ({rate:,.0f} tokens/s, {plan.speed.basis})"
+    return list(lines.items())
+
+
+def time_of(plan: Plan) -> str:
+    """How long the steps that are left will take, if that is known."""
+    if not plan.speed:
+        return "not measured"
+    seconds = steps_left(plan) * tokens_per_step(plan.setup) / plan.speed.tokens_per_second
+    return f"about {duration(seconds)}"
+
+
+# --- HTML, legible on light and dark pages ----------------------------------------------------------------------
+
+
+def plan_html(plan: Plan, command: str) -> str:
+    """The plan: the figures that the sliders move, then each decision with its reason."""
+    setup = plan.setup
+    memory, there = memory_estimate_bytes(setup) / 2**30, setup.machine.memory_bytes / 2**30
+    figures = (
+        ("parameters", f"{setup.config.model.num_parameters:,}"),
+        ("memory", f"{memory:.1f} of {there:.1f} GiB"),
+        ("steps", f"{setup.total_steps:,}"),
+        ("epochs", f"{setup.total_steps / setup.steps_per_epoch:.2f}"),
+        ("tokens a step", f"{tokens_per_step(setup):,.0f}"),
+        ("rate", f"{setup.rate.value:.3g}"),
+        ("time here", time_of(plan)),
+    )
+    cells = "".join(
+        '<div style="flex:1 1 auto;min-width:80px;white-space:nowrap"><div style="opacity:.75;font-size:11px">'
+        f'{name}</div><div style="font-size:15px;font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
+        for name, value in figures
+    )
+    rows = "".join(map(_row, [*lines_of(plan), ("shell", command)]))
+    refused = refused_html(plan.refusal) if plan.refusal else ""
+    return (
+        f'<div style="line-height:1.4;padding:2px 0">{refused}'
+        '<div style="display:flex;flex-wrap:wrap;gap:2px 14px;'
+        f'padding:4px 0 6px">{cells}</div>{"".join(map(_warning, warnings_of(plan)))}'
+        f'<div style="border-top:{LINE};padding-top:4px;{MONOSPACE}">{rows}</div></div>'
+    )
+
+
+def refused_html(reason: str, last_plan: str = "") -> str:
+    """Why training refuses; the last plan stays dimly below, so that what the hand is on does not jump away."""
+    last = f'<div style="font-size:11px">The last plan that could be:</div>{last_plan}' if last_plan else ""
+    return (
+        f'<div role="alert" style="{PILL};background:{RED};padding:6px 10px;margin:4px 0;font-size:13px;'
+        f'line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere">{escape(reason)}</div>'
+        f'<div style="opacity:.4">{last}</div>'
+    )
+
+
+def _warning(text: str) -> str:
+    return (
+        f'<div style="border-left:3px solid {ORANGE};padding-left:8px;margin:3px 0 6px;font-size:12px;'
+        f'overflow-wrap:anywhere">{escape(text)}</div>'
+    )
+
+
+def _row(line: tuple[str, str]) -> str:
+    name, text = line
+    return (
+        f'<div style="display:flex"><div style="flex:0 0 84px;opacity:.75">{escape(name)}</div>'
+        f'<div style="flex:1 1 0;min-width:0;overflow-wrap:anywhere">{escape(text)}</div></div>'
+    )

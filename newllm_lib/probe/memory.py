@@ -1,0 +1,107 @@
+"""How much memory a device can still give, and the most that a piece of work took of it."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+from newllm_lib.hardware import Machine, reset_peak_memory
+
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Where a container's limit and use stand (control groups version 2 and 1), and in memory.stat what of the use is only
+cached files; a process that passes the limit is killed."""
+
+
+def free_memory_bytes(machine: Machine) -> int | None:
+    """Memory that can still be taken, of the GPU or of the machine (or container); None where no system says it."""
+    if machine.kind == "cuda":
+        return torch.cuda.mem_get_info(machine.device)[0]
+    free = [value for value in (_file_bytes("/proc/meminfo", "MemAvailable"), *_container_bytes()) if value is not None]
+    return min(free, default=None)
+
+
+def _container_bytes() -> list[int]:
+    """What each limit that the system sets on this container still leaves."""
+    found = []
+    for folder, limit, used, cached in _CONTROL_GROUPS:
+        try:
+            left = int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text())
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # another version, or "max": no limit
+            continue
+        found.append(max(0, left + int(statistics.get(cached, 0))))
+    return found
+
+
+def _file_bytes(path: str, key: str) -> int | None:
+    """The value of the line 'key: N kB' of a file that Linux keeps; None elsewhere."""
+    try:
+        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":")), None)
+
+
+class GPUMemory:
+    """Counts what torch's allocator reserves: that, not what tensors hold, is gone for others."""
+
+    overcommits = False
+    """Whether too large a step is killed instead of refused."""
+
+    def __init__(self, machine: Machine):
+        self._machine = machine
+        self.clear()
+        self.usable_bytes = free_memory_bytes(machine) + torch.cuda.memory_reserved(machine.device)
+
+    def start(self) -> None:
+        """Begin a new peak."""
+        reset_peak_memory(self._machine)
+
+    def peak_bytes(self) -> int | None:
+        """Most memory that was reserved since `start`, what was held before it included."""
+        return torch.cuda.max_memory_reserved(self._machine.device)
+
+    def clear(self) -> None:
+        """Let go of what nothing uses any more."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class ProcessMemory:
+    """Counts by how much the resident memory of this process grew since this object was made."""
+
+    overcommits = True
+
+    def __init__(self, machine: Machine):
+        self.clear()
+        self._before = _file_bytes("/proc/self/status", "VmRSS") or 0
+        self._resets = False
+        free = free_memory_bytes(machine)
+        self.usable_bytes = machine.memory_bytes // 2 if free is None else free
+
+    def start(self) -> None:
+        """Begin a new peak, where the system lets a process do so (Linux; see proc(5), clear_refs)."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self._resets = True
+        except OSError:
+            self._resets = False
+
+    def peak_bytes(self) -> int | None:
+        """Most growth since `start`; None where the system does not say."""
+        peak = _file_bytes("/proc/self/status", "VmHWM") if self._resets else None
+        return None if peak is None else max(0, peak - self._before)
+
+    def clear(self) -> None:
+        """Let go of what nothing uses any more."""
+        gc.collect()
+
+
+def memory_of(machine: Machine) -> GPUMemory | ProcessMemory:
+    """The memory that a run on this machine uses."""
+    return GPUMemory(machine) if machine.kind == "cuda" else ProcessMemory(machine)

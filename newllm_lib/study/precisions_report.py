@@ -1,0 +1,384 @@
+"""What `compare_precisions` tells: its findings in sentences, precisions.md and precisions.png."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from newllm_lib.files import write_atomic
+from newllm_lib.study.rounding import ALL
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+COLOURS = ("#1f6fb4", "#d9701e", "#3a9a5b", "#8a5bb5")
+"""Of the runs in their order; the one with another seed is grey."""
+_GREY = "#8c8c8c"
+
+
+# --- in words ---------------------------------------------------------------------------------------------------
+
+
+def findings(record: dict[str, Any]) -> list[str]:
+    """What a study's record says, one sentence or two each."""
+    first = record["runs"][0]
+    found = [_what_was_compared(record, first)]
+    control = next((item for item in record["comparisons"] if _run(record, item)["seed"] != first["seed"]), None)
+    for item in record["comparisons"]:
+        if item is not control:
+            found += _of_one_format(record, item, control)
+    found += [_skipped(run) for run in record["runs"] if run["loss_scale"]]
+    found += [f"{run['label']} broke down: {run['failure']}" for run in record["runs"] if run["failure"]]
+    if control:
+        found.append(
+            f"The yardstick is one other seed ({_run(record, control)['seed']}: other initial weights, other batches): "
+            "one draw of the difference between seeds, not its spread."
+        )
+    return found
+
+
+def _run(record: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
+    return next(run for run in record["runs"] if run["label"] == comparison["label"])
+
+
+def _what_was_compared(record: dict[str, Any], first: dict[str, Any]) -> str:
+    ran = [run["precision"] for run in record["runs"] if run["seed"] == first["seed"]]
+    text = f"{' and '.join(ran)} on {record['data']}, preset {record['preset']}, seed {first['seed']}"
+    missing = [name for name in record["precisions_asked"] if name not in ran]
+    reasons = "; ".join(run["reason"] for run in record["runs"] if run["substituted"] or "emulated" in run["reason"])
+    if missing:
+        text += f". {' and '.join(missing)} was asked for and did not run here ({reasons})"
+    elif reasons:
+        text += f" ({reasons})"
+    engines = {run["engine"] for run in record["runs"]}
+    if len(engines) > 1:
+        text += f". The engines differ as well ({', '.join(sorted(engines))}), so it is not the format alone"
+    return text + "."
+
+
+def _of_one_format(record: dict[str, Any], item: dict[str, Any], control: dict[str, Any] | None) -> list[str]:
+    """One format beside the first: the same batches, one step, where they part, by how much."""
+    first, run = record["runs"][0], _run(record, item)
+    names = f"{run['label']} and {first['label']}"
+    same = "the same" if item["same_batches"] == item["batches"] else f"{item['same_batches']} equal ones among the"
+    found = [
+        f"{names} read {same} {item['batches']} batches (compared by hash) from the same initial weights with the same "
+        "dropout masks."
+    ]
+    found += [_one_step(record, name, run["precision"]) for name in _states(record, run["precision"])]
+    found.append(_parting(item, names, record["window"], control))
+    if item["val_last"] is not None:
+        found.append(_validation(item, first, run, control))
+    if item["distance"] is not None:
+        text = (
+            f"Their weights end {_percent(item['distance'])} of their size apart; training moved them by "
+            f"{_percent(first['moved'])}"
+        )
+        found.append(
+            text + (f"; with another seed they are {_percent(control['distance'])} apart." if control else ".")
+        )
+    return found
+
+
+def _states(record: dict[str, Any], precision: str) -> list[str]:
+    return list(dict.fromkeys(row["weights"] for row in record["rounding"] if row["precision"] == precision))
+
+
+def _one_step(record: dict[str, Any], weights: str, precision: str) -> str:
+    rows = [row for row in record["rounding"] if (row["precision"], row["weights"]) == (precision, weights)]
+    whole = next(row for row in rows if row["part"] == ALL)
+    parts = [row for row in rows if row["part"] != ALL and row["gradient_error"] is not None]
+    worst = max(parts, key=lambda row: row["gradient_error"])
+    return (
+        f"At the same {weights} weights, on the same batch, {precision} changes the loss by "
+        f"{_percent(whole['loss_error'])} and the gradient by {_percent(whole['gradient_error'])} (most in "
+        f"{worst['part']}: {_percent(worst['gradient_error'])}); the next batch changes the gradient by "
+        f"{_percent(whole['other_batch'])}."
+    )
+
+
+def _parting(item: dict[str, Any], names: str, window: int, control: dict[str, Any] | None) -> str:
+    if item["train_largest"] is None:
+        return f"Too few steps to say where {names} part: the curves are compared as means of {window}."
+    band = f"±{item['band']:.3f} nats, what another draw of batches can do to means of {window} steps"
+    if item["parted_at"] is None:
+        text = f"The training curves of {names} never part: they stay within {band}. At most they are"
+    else:
+        text = (
+            f"The training curves of {names} part at batch {item['parted_at']}, by more than {band}. At most they are"
+        )
+    text += f" {abs(item['train_largest']):.4f} apart"
+    if control and control["train_largest"] is not None:
+        text += f" (another seed: {abs(control['train_largest']):.4f})"
+    first, last = item["gap_first"], item["gap_last"]
+    return (
+        f"{text}. On one and the same batch the losses differ by {first:.1e} at the start and by {last:.1e} at the end."
+    )
+
+
+def _validation(
+    item: dict[str, Any], first: dict[str, Any], run: dict[str, Any], control: dict[str, Any] | None
+) -> str:
+    text = (
+        f"The validation loss ends {item['val_last']:+.4f} nats from that of {first['label']} (PPL "
+        f"{run['final_ppl']:.2f} against {first['final_ppl']:.2f}), {item['val_mean']:.4f} on average over "
+        f"{item['validations']} validations"
+    )
+    if not control or control["val_mean"] is None:
+        return text + "."
+    ratio = item["val_mean"] / control["val_mean"] if control["val_mean"] else float("inf")
+    verdict = "below" if ratio < 1 else "not below"
+    return (
+        f"{text}. Another seed: {control['val_last']:+.4f} and {control['val_mean']:.4f}. The difference between the "
+        f"formats is {verdict} that between two seeds ({ratio:.2g} times it)."
+    )
+
+
+def _skipped(run: dict[str, Any]) -> str:
+    start, end = run["loss_scale"]
+    return (
+        f"{run['label']}: {run['skipped_steps']} of {run['batches']} steps were skipped because a gradient overflowed; "
+        f"the loss scale went from {start:g} to {end:g}."
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def table_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each run, the comparison with the first beside its own figures."""
+    beside = {item["label"]: item for item in record["comparisons"]}
+    rows = []
+    for run in record["runs"]:
+        item = beside.get(run["label"], {})
+        rows.append(
+            {
+                "run": run["label"],
+                "final PPL": run["final_ppl"],
+                "best PPL": run["best_ppl"],
+                "same batches": f"{item['same_batches']} of {item['batches']}" if item else "",
+                "parted at batch": item.get("parted_at"),
+                "validation loss, last": item.get("val_last"),
+                "validation loss, mean": item.get("val_mean"),
+                "weights apart": item.get("distance"),
+                "skipped steps": run["skipped_steps"],
+                "training seconds": run["train_seconds"],
+            }
+        )
+    return rows
+
+
+def text(record: dict[str, Any]) -> str:
+    """precisions.md: findings, the table of runs, the errors of one step."""
+    rows = [{name: _cell(value) for name, value in row.items()} for row in table_rows(record)]
+    rounding = [
+        {
+            "format": row["precision"],
+            "weights": row["weights"],
+            "part": row["part"],
+            "gradient error": _percent(row["gradient_error"]),
+            "another batch": _percent(row["other_batch"]),
+        }
+        for row in record["rounding"]
+    ]
+    environment = record["environment"]
+    return "\n".join(
+        [
+            "# One run in several number formats",
+            "",
+            *(f"- {sentence}" for sentence in record["findings"]),
+            "",
+            "![curves](precisions.png)",
+            "",
+            "## Runs",
+            "",
+            "Differences are this run minus the first, in nats; weights apart is ||w - w_first|| / ||w_first||. "
+            "Seconds are of training as it happened, not a benchmark.",
+            "",
+            _table(rows),
+            "",
+            "## One step at the same weights, on the same batch",
+            "",
+            "Relative to the FP32 gradient of that part of the model; another batch = the FP32 gradient of the next "
+            "batch, the yardstick.",
+            "",
+            _table(rounding),
+            "",
+            f"{environment['device_name']}, torch {environment['versions']['torch']}, commit "
+            f"{environment['git_commit'] or 'unknown'}. Every figure is in study.json, every step in steps.csv.",
+            "",
+        ]
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    if not rows:
+        return "Nothing to show."
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
+
+
+# --- as a picture -----------------------------------------------------------------------------------------------
+
+
+def write_plot(path: Path, record: dict[str, Any], steps: DataFrame, validations: DataFrame) -> None:
+    """Training loss, its difference, validation; gradient norms, distance of the weights, errors of one step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 8.4), layout="constrained")
+    formats = " and ".join(dict.fromkeys(run["precision"].upper() for run in record["runs"]))
+    figure.suptitle(f"The same run in {formats}  ({record['data']}, preset {record['preset']})", fontsize=13)
+    panels = figure.subplots(2, 3)
+    _training_panel(panels[0, 0], record, steps)
+    _difference_panel(panels[0, 1], record, steps)
+    _validation_panel(panels[0, 2], record, validations)
+    _norm_panel(panels[1, 0], record, steps)
+    _distance_panel(panels[1, 1], record, steps)
+    _rounding_panel(panels[1, 2], record)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
+    write_atomic(path, lambda file: file.write(image.getvalue()))
+
+
+def _styles(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Colour, width and order of each run's line, by its label; later formats are drawn dashed over the first."""
+    seed = record["runs"][0]["seed"]
+    styles = {}
+    for number, run in enumerate(record["runs"]):
+        if run["seed"] != seed:
+            styles[run["label"]] = {"color": _GREY, "linewidth": 1.6, "zorder": 1, "label": "another seed"}
+        else:
+            dashed = {"linestyle": (0, (4, 2))} if number else {}
+            name = run["precision"].upper()
+            styles[run["label"]] = {
+                "color": COLOURS[number % 4],
+                "linewidth": 1.8,
+                "zorder": 3 + number,
+                "label": name,
+                **dashed,
+            }
+    return styles
+
+
+def _finish(axes, title: str, xlabel: str = "batches read") -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(xlabel)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _training_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
+    window = record["window"]
+    for label, style in _styles(record).items():
+        rows = steps[steps["label"] == label]
+        axes.plot(rows["batch"], rows["loss"].rolling(window, min_periods=1).mean(), **style)
+    _finish(axes, f"Training loss (nats a token, mean of {window} steps)")
+
+
+def _difference_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
+    """How far each run is from the first, and the line below which nobody could tell two curves apart."""
+    window, (first, *others) = record["window"], record["runs"]
+    styles, measure = _styles(record), steps[steps["label"] == first["label"]].set_index("batch")["loss"]
+    for run in others:
+        rows = steps[steps["label"] == run["label"]].set_index("batch")["loss"]
+        gaps, style = (rows - measure).dropna(), styles[run["label"]] | {"linestyle": "-"}
+        axes.plot(gaps.index, gaps.abs(), **style | {"linewidth": 0.6, "alpha": 0.5, "label": None})
+        axes.plot(gaps.index, gaps.abs().rolling(window).mean(), **style)
+    for item in record["comparisons"]:
+        run = _run(record, item)
+        if item["parted_at"] is not None and run["seed"] == first["seed"]:
+            axes.axvline(item["parted_at"], color=styles[run["label"]]["color"], linewidth=1, linestyle=":")
+            note = f" part at {item['parted_at']}"
+            axes.annotate(note, (item["parted_at"], 0.95), xycoords=("data", "axes fraction"), fontsize=9)
+    if record["comparisons"]:
+        name = "what another draw of batches can do"
+        axes.axhline(record["comparisons"][0]["band"], color="black", linewidth=1, linestyle=":", label=name)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-6)
+    _finish(axes, f"Training loss: distance from {first['label'].upper()} (nats, mean of {window})")
+
+
+def _validation_panel(axes, record: dict[str, Any], validations: DataFrame) -> None:
+    for label, style in _styles(record).items():
+        rows = validations[validations["label"] == label]
+        axes.plot(rows["step"], rows["val_ppl"], marker="o", markersize=3.5, **style)
+    values = validations["val_ppl"].dropna()
+    if len(values) and values.max() > 4 * values.min():
+        _plain_log(axes)
+    _finish(axes, "Validation perplexity (lower is better)", "updates")
+
+
+def _plain_log(axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _norm_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
+    styles = _styles(record)
+    for label, style in styles.items():
+        rows = steps[(steps["label"] == label) & (steps["skipped"] == 0)]
+        axes.plot(rows["batch"], rows["grad_norm"], **style | {"linewidth": 1.1})
+        left_out = steps[(steps["label"] == label) & (steps["skipped"] == 1)]
+        if len(left_out):
+            name = f"{style['label']}: skipped ({len(left_out)})"
+            at = [0.97] * len(left_out)
+            axes.plot(
+                left_out["batch"], at, "v", transform=axes.get_xaxis_transform(), color=style["color"], label=name
+            )
+    _plain_log(axes)
+    _finish(axes, "Gradient norm before clipping")
+
+
+def _distance_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
+    first, *others = record["runs"]
+    styles = _styles(record)
+    rows = steps[(steps["label"] == first["label"]) & steps["moved"].notna()]
+    moved = styles[first["label"]] | {"label": f"{first['label'].upper()} from its initial weights", "marker": "."}
+    axes.plot(rows["batch"], 100 * rows["moved"], **moved)
+    for run in others:
+        rows = steps[(steps["label"] == run["label"]) & steps["distance"].notna()]
+        style = styles[run["label"]]
+        name = f"{style['label']} from {first['label'].upper()}"
+        axes.plot(rows["batch"], 100 * rows["distance"], marker=".", **style | {"label": name, "linestyle": "-"})
+    axes.set_xscale("log")
+    _plain_log(axes)
+    axes.xaxis.set_major_formatter("{x:g}")
+    _finish(axes, "Distance of the weights (% of their size)")
+
+
+def _rounding_panel(axes, record: dict[str, Any]) -> None:
+    """Bars for each part of the model: a format's error, and another batch's as the yardstick."""
+    rows = record["rounding"]
+    if not rows:
+        axes.set_axis_off()
+        return
+    state = rows[-1]["weights"]
+    formats = list(dict.fromkeys(row["precision"] for row in rows))
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    height = 0.8 / (len(formats) + 1)
+    labels = {run["precision"]: number for number, run in reversed(list(enumerate(record["runs"])))}
+    for number, (name, column) in enumerate([*((name, "gradient_error") for name in formats), (None, "other_batch")]):
+        chosen = [row for row in rows if row["weights"] == state and row["precision"] == (name or formats[0])]
+        values = [100 * (row[column] or 0) for row in chosen]
+        places = [place + (number - len(formats) / 2) * height for place in range(len(parts))]
+        color = _GREY if name is None else COLOURS[labels[name] % 4]
+        axes.barh(places, values, height, color=color, label=name.upper() if name else "another batch, FP32")
+    axes.set_yticks(range(len(parts)), parts)
+    axes.set_ylim(len(parts) - 0.4, -1.6)  # from top to bottom, with room for the legend
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    _finish(axes, f"Error of one step's gradient, {state} weights (%)", "% of the FP32 gradient's size")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)

@@ -1,0 +1,185 @@
+"""JupyterLab and classic Notebook as a user drives them, with one set of verbs: menus, cells and what they show."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+from playwright.sync_api import Locator, expect
+
+SECONDS = 240
+"""How long anything may take, on a machine that does other things too."""
+
+
+class Interface:
+    """One notebook, open in one page. What differs between the two stands in their classes."""
+
+    name: str
+    cells: str
+    """CSS of the code cells; below, of what belongs to them."""
+    editor: str
+    outputs: str
+    number: str
+    complaints: str
+    """Tracebacks, and what went to standard error."""
+    questions: str
+    """Whatever waits for an answer."""
+
+    def __init__(self, page, server, shots):
+        self.page, self.server, self._shots = page, server, shots
+
+    def open(self, path: str) -> None:
+        """Open a notebook, `path` from the server's folder, until its kernel and its widgets are ready."""
+        raise NotImplementedError
+
+    def start_all(self) -> None:
+        """Run all cells, by the menu, until the first one runs."""
+        raise NotImplementedError
+
+    def interrupt(self) -> None:
+        """Interrupt the kernel, by the menu."""
+        raise NotImplementedError
+
+    def start(self, cell: Locator) -> None:
+        """Run one cell, by the keyboard, until it runs."""
+        cell.locator(self.editor).click()
+        self._begin(lambda: self.page.keyboard.press("Control+Enter"))
+
+    def _begin(self, action: Callable[[], None]) -> None:
+        """Do what makes cells run, until their numbers show it."""
+        before = self._numbers()
+        action()
+        self.until(lambda: self._numbers() != before, "a cell begins to run")
+
+    def cell(self, source: str) -> Locator:
+        """The code cell whose source holds a text."""
+        found = self.page.locator(self.cells).filter(has=self.page.locator(self.editor, has_text=source))
+        expect(found).to_have_count(1)
+        return found
+
+    def output(self, source: str) -> Locator:
+        """All that the cell whose source holds a text shows."""
+        return self.cell(source).locator(self.outputs)
+
+    def setting(self, name: str) -> Locator:
+        """The row of the panel whose label is, or begins with, a field's name."""
+        label = self.page.locator(".widget-label", has_text=re.compile(rf"^{name}\b"))
+        return self.page.locator(".widget-hbox").filter(has=label)
+
+    def drag(self, row: Locator, pixels: int) -> None:
+        """Pull a row's slider with the mouse."""
+        handle = row.locator(".noUi-handle, .ui-slider-handle")
+        handle.scroll_into_view_if_needed()
+        box = handle.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        self.page.mouse.move(x + pixels, y, steps=10)
+        self.page.mouse.up()
+
+    def until(self, happened: Callable[[], bool], what: str) -> None:
+        """Wait; nothing may ask anything meanwhile."""
+        end = time.monotonic() + SECONDS
+        while not happened():
+            assert time.monotonic() < end, f"waited {SECONDS} s in vain: {what}"
+            self._not_asked()
+            self.page.wait_for_timeout(100)
+        self._not_asked()
+
+    def wait(self) -> None:
+        """Until no cell runs or waits for its turn."""
+        self.until(lambda: not any("*" in number for number in self._numbers()), "all cells have run")
+
+    def _not_asked(self) -> None:
+        """AssertionError where a dialog or a prompt waits for an answer."""
+        asked = [found.inner_text() for found in self.page.locator(self.questions).all() if found.is_visible()]
+        assert not asked, f"the notebook asks: {asked}"
+
+    def complained(self) -> list[str]:
+        """Tracebacks and warnings that cells show; how the sources of those begin that never ran."""
+        never = [cell for cell in self.page.locator(self.cells).all() if not re.search(r"\d", self._number_of(cell))]
+        return self.page.locator(self.complaints).all_text_contents() + [
+            "never ran: " + cell.locator(self.editor).text_content()[:60] for cell in never
+        ]
+
+    def _number_of(self, cell: Locator) -> str:
+        return cell.locator(self.number).text_content()
+
+    def _numbers(self) -> list[str]:
+        """The number of each code cell, `*` where it runs or waits."""
+        return self.page.locator(f"{self.cells} {self.number}").all_text_contents()  # also of those out of view
+
+    def shot(self, name: str, of: Locator | None = None) -> None:
+        """A picture of the page, or of a part of it, for people to look at."""
+        if of is not None:
+            of.scroll_into_view_if_needed()
+        if self._shots:
+            (of or self.page).screenshot(path=self._shots / f"{self.name}_{name}.png")
+
+
+class Lab(Interface):
+    """JupyterLab 4."""
+
+    name = "lab"
+    cells = ".jp-NotebookPanel .jp-CodeCell"
+    editor = ".jp-InputArea-editor .cm-content"
+    outputs = ".jp-OutputArea-output"
+    number = ".jp-InputPrompt"
+    complaints = '.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]'  # tracebacks too
+    questions = ".jp-Dialog-content, .jp-Stdin"
+
+    def open(self, path: str) -> None:
+        """See Interface."""
+        self.page.goto(f"{self.server.address}/lab/tree/{path}?token={self.server.token}&reset")
+        expect(self.page.locator(self.cells).first).to_be_visible(timeout=60_000)
+        status = self.page.locator(".jp-StatusBar-TextItem", has_text=re.compile(r"\| Idle$"))
+        expect(status).to_be_visible(timeout=60_000)
+
+    def _menu(self, menu: str, entry: str) -> None:
+        self.page.locator(".lm-MenuBar").get_by_text(menu, exact=True).click()
+        self.page.locator(".lm-Menu").get_by_text(entry, exact=True).click()
+
+    def start_all(self) -> None:
+        """See Interface."""
+        self._begin(lambda: self._menu("Run", "Run All Cells"))
+
+    def interrupt(self) -> None:
+        """See Interface."""
+        self._menu("Kernel", "Interrupt Kernel")
+
+
+class Classic(Interface):
+    """Notebook 6, the interface that Colab's versions belong to."""
+
+    name = "classic"
+    cells = "#notebook .code_cell"
+    editor = ".input_area .CodeMirror-lines"
+    outputs = ".output_area"
+    number = ".input_prompt"
+    complaints = ".output_error, .output_stderr"
+    questions = ".modal-dialog, .raw_input_container"
+
+    def open(self, path: str) -> None:
+        """See Interface."""
+        self.page.goto(f"{self.server.address}/notebooks/{path}?token={self.server.token}")
+        self.page.wait_for_function(
+            """() => { const kernel = window.Jupyter?.notebook?.kernel;
+                       return kernel?.is_connected() && kernel.widget_manager; }""",
+            timeout=60_000,
+        )
+
+    def _menu(self, menu: str, entry: str) -> None:
+        self.page.locator("#menubar").get_by_text(menu, exact=True).click()
+        self.page.locator("#menubar .open").get_by_text(entry, exact=True).click()
+
+    def start_all(self) -> None:
+        """See Interface."""
+        self._begin(lambda: self._menu("Cell", "Run All"))
+
+    def interrupt(self) -> None:
+        """See Interface."""
+        self._menu("Kernel", "Interrupt")
+
+
+INTERFACES = {"lab": Lab, "classic": Classic}

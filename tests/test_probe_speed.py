@@ -1,0 +1,186 @@
+"""How fast a run will be: known, scaled, or not known; and what of it is remembered."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_setup, write_text
+
+from newllm_lib.config import ModelConfig
+from newllm_lib.planning import matrix_parameters
+from newllm_lib.probe import estimate_speed, speed, tries
+from newllm_lib.probe.memory import _container_bytes
+from newllm_lib.probe.speed import at_rows
+from newllm_lib.probe.store import Store
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(tries, "_SECONDS", 0.0)
+    monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"), texts=100)
+
+
+def entries(**speeds):
+    return [{"rows": int(rows[1:]), "tokens_per_second": float(value)} for rows, value in speeds.items()]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "rows", "expected"),
+    [
+        ({"_64": 100}, 64, 100),
+        ({"_64": 100}, 7, 100),
+        ({"_64": 100}, 5000, 100),
+        ({"_16": 100, "_64": 200}, 64, 200),
+        # steps of 16 / 100 = 0.16 and 64 / 200 = 0.32: 0.1066 for a step and 0.0033 for a row
+        ({"_16": 100, "_64": 200}, 32, 150),
+        ({"_16": 100, "_64": 200}, 128, 240),
+        ({"_16": 100, "_64": 200}, 8, 60),
+        ({"_16": 100, "_64": 200}, 10**9, 300),
+        ({"_16": 100, "_64": 400}, 10**6, 800),  # no longer by the step alone: at most twice the best
+        ({"_16": 100, "_64": 90}, 128, 90),  # slower with more rows: no line
+        ({"_8": 1, "_16": 100, "_64": 200, "_128": 240}, 32, 150),
+    ],
+)
+def test_a_step_costs_something_and_a_row_costs_something(speeds, rows, expected):
+    assert at_rows(entries(**speeds), rows) == pytest.approx(expected)
+
+
+@given(st.floats(0, 10), st.floats(1e-6, 10), st.lists(st.integers(1, 4096), min_size=2, max_size=5, unique=True))
+def test_a_line_is_found_again(each_step, each_row, sizes):
+    known = [{"rows": rows, "tokens_per_second": rows / (each_step + each_row * rows)} for rows in sizes]
+    for low, high in pairwise(sorted(sizes)):
+        between = (low + high) // 2
+        assert at_rows(known, between) == pytest.approx(between / (each_step + each_row * between), rel=1e-3)
+
+
+def test_matrix_parameters():
+    assert matrix_parameters(ModelConfig()) == 2_347_008  # 512 x (256 + 5 x 512 + 3 x 256 + 1000)
+
+
+def test_nothing_is_known_without_measuring(text, monkeypatch):
+    monkeypatch.setattr(speed, "time_steps", refuse)
+    assert estimate_speed(tiny_setup(text), measure=False) is None
+
+
+def refuse(*_args):
+    raise AssertionError("something was measured")
+
+
+def test_the_very_configuration_is_measured_once(text, monkeypatch):
+    first = estimate_speed(tiny_setup(text, batch_size=48))
+    assert first.tokens_per_second > 100
+    assert first.basis == "scaled from batch 16 and 48 measured here" or first.basis.startswith("measured here")
+    assert {entry["rows"] for entry in Store(tiny_setup(text).machine).speeds()} == {16, 48}
+    monkeypatch.setattr(speed, "time_steps", refuse)
+    again = estimate_speed(tiny_setup(text, batch_size=48, lr=1e-4, epochs=7), measure=False)
+    assert again == (first.tokens_per_second, "measured here for this very configuration")
+
+
+def test_a_larger_batch_is_scaled_from_small_ones(text, monkeypatch):
+    taken = {16: (1600.0, 1e-3), 64: (3200.0, 2e-3)}
+    monkeypatch.setattr(speed, "time_steps", lambda setup: taken[setup.config.train.batch_size])
+    assert estimate_speed(tiny_setup(text, batch_size=128)) == (3840.0, "scaled from batch 16 and 64 measured here")
+    assert estimate_speed(tiny_setup(text, batch_size=128, micro_batch_size=32)) == (
+        2400.0, "scaled from batch 16 and 64 measured here",
+    )  # fmt: skip
+
+
+def test_another_model_is_scaled_by_its_work(text, monkeypatch):
+    monkeypatch.setattr(speed, "time_steps", lambda setup: (1000.0, 1e-3))
+    setup = tiny_setup(text, batch_size=16)
+    estimate_speed(setup)
+    monkeypatch.setattr(speed, "time_steps", refuse)
+    there = 12 * 6 + 12 * 12 + 3 * 6 * 12 + 34 * 12
+    here = 24 * 6 + 24 * 24 + 3 * 6 * 24 + 34 * 24
+    other = tiny_setup(text, batch_size=16, hidden_dim=24)
+    found = estimate_speed(other, measure=False)
+    assert found.tokens_per_second == pytest.approx(1000 * there / here)
+    assert found.basis == "scaled by the work for a token from another model measured here"
+    assert estimate_speed(tiny_setup(text, precision="bf16"), measure=False) is None  # another format says nothing
+
+
+def test_the_nearest_model_is_taken(text, monkeypatch):
+    for width, taken in ((8, 800.0), (32, 100.0)):
+        monkeypatch.setattr(speed, "time_steps", lambda setup, taken=taken: (taken, 1e-3))
+        estimate_speed(tiny_setup(text, batch_size=16, hidden_dim=width))
+    work = {h: h * 6 + h * h + 3 * 6 * h + 34 * h for h in (30, 32)}
+    found = estimate_speed(tiny_setup(text, batch_size=16, hidden_dim=30), measure=False)
+    assert found.tokens_per_second == pytest.approx(100 * work[32] / work[30])
+
+
+def test_memory_that_runs_out_leads_to_a_smaller_measurement(text, monkeypatch):
+    asked = []
+
+    def time_steps(setup):
+        asked.append(setup.config.train.batch_size)
+        if asked[-1] > 10:
+            raise RuntimeError("CUDA error: out of memory")
+        return 500.0, 1e-3
+
+    monkeypatch.setattr(speed, "time_steps", time_steps)
+    assert estimate_speed(tiny_setup(text, batch_size=16)) == (500.0, "scaled from batch 8 measured here")
+    assert asked == [16, 8]
+    monkeypatch.setattr(speed, "time_steps", out_of_memory)
+    assert estimate_speed(tiny_setup(text, engine="reference")) is None
+
+
+def out_of_memory(*_args):
+    raise MemoryError
+
+
+def test_a_slow_machine_is_measured_once(text, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed, "time_steps", lambda setup: asked.append(setup) or (5.0, 60.0))
+    assert estimate_speed(tiny_setup(text, batch_size=100)) == (5.0, "scaled from batch 16 measured here")
+    assert len(asked) == 1
+
+
+def test_entries_of_another_kind_are_passed_over(text):
+    setup = tiny_setup(text, batch_size=16)
+    store = Store(setup.machine)
+    estimate_speed(setup)
+    kept = json.loads(store.path.read_text())
+    kept["speeds"] |= {
+        "x": 3,
+        "y": {"rows": 1},
+        "z": {"facts": {}, "batch_size": 1, "rows": 1, "tokens_per_second": 1.0},
+    }
+    store.path.write_text(json.dumps(kept))
+    assert estimate_speed(setup, measure=False).basis == "measured here for this very configuration"
+
+
+def test_what_is_kept_is_bounded_and_the_newest(text, monkeypatch):
+    monkeypatch.setattr("newllm_lib.probe.store._MOST", 3)
+    setup = tiny_setup(text)
+    store = Store(setup.machine)
+    for number in (1, 2, 3, 1, 4):
+        store.keep_choice(f"key {number}", {"number": number})
+    assert [store.choice(f"key {number}") is not None for number in (1, 2, 3, 4)] == [True, False, True, True]
+
+
+# --- containers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "statistics", "expected"),
+    [
+        ("1000000\n", "400000\n", "anon 300000\ninactive_file 100000\n", [700000]),
+        ("1000000\n", "2000000\n", "anon 5\n", [0]),
+        ("max\n", "400000\n", "inactive_file 100000\n", []),
+        ("1000000\n", "400000\n", "not what it was\n", []),
+    ],
+)
+def test_what_a_container_may_still_take(tmp_path, monkeypatch, limit, used, statistics, expected):
+    for name, content in (("memory.max", limit), ("memory.current", used), ("memory.stat", statistics)):
+        (tmp_path / name).write_text(content)
+    there = (str(tmp_path), "memory.max", "memory.current", "inactive_file")
+    missing = (str(tmp_path / "no"), "memory.max", "memory.current", "inactive_file")
+    monkeypatch.setattr("newllm_lib.probe.memory._CONTROL_GROUPS", (missing, there))
+    assert _container_bytes() == expected
