@@ -35,6 +35,7 @@ setup(
             "ruff>=0.9",
             "nbclient>=0.10",
             "ipykernel>=6.17",
+            "nbstripout>=0.8",
             "playwright>=1.50",
         ],
     },

@@ -131,7 +131,7 @@ def test_round_trip_of_several_files():
 
 def another_value(item):
     """A valid value of a field that differs from its default."""
-    chosen = {"clip_by_epoch": ((0, 1.0),), "lr": 0.5, "name": "other"}
+    chosen = {"clip_by_epoch": ((0, 1.0),), "lr": 0.5, "name": "other", "mirror_dir": "drive"}
     if item.metadata["choices"]:
         return next(choice for choice in item.metadata["choices"] if choice != item.default)
     if item.name in chosen:

@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom in an empty folder, and lies in the project without its outputs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -33,7 +35,38 @@ def shown(notebook):
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["00_quickstart.ipynb"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "00_quickstart", "01_train_wikitext2", "02_continue_training", "03_larger_model", "04_fp16_vs_fp32",
+        "05_learning_rate_scaling", "06_compare_runs",
+    ]  # fmt: skip
+
+
+def test_they_are_as_tidy_py_leaves_them_and_it_sees_when_not(tmp_path):
+    folder = NOTEBOOKS[0].parent
+    check = [sys.executable, folder / "tidy.py", "--check"]
+    assert subprocess.run(check, capture_output=True, text=True, check=False).stdout == ""
+    for path in (folder / "tidy.py", folder / "setup_cell.py", NOTEBOOKS[0], NOTEBOOKS[1]):
+        (tmp_path / path.name).write_text(path.read_text())
+    odd = nbformat.read(NOTEBOOKS[1], as_version=4)
+    next(cell for cell in odd.cells if cell.source.startswith("# @title Set-up")).source += "\nprint(1)"
+    odd.metadata["widgets"] = {"state": {}}
+    nbformat.write(odd, tmp_path / NOTEBOOKS[1].name)
+    check[1] = tmp_path / "tidy.py"
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "01_train_wikitext2.ipynb: is not tidy\n")
+    assert subprocess.run(check[:2], capture_output=True, text=True, check=False).returncode == 0
+    assert (tmp_path / NOTEBOOKS[1].name).read_text() == NOTEBOOKS[1].read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_a_thin_client(path):
+    """Settings and calls of the library: no class, no function, nothing that asks."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and not cell.source.startswith("# @title Set-up"):
+            words = cell.source.split()
+            assert not {"class", "def", "lambda", "while"} & set(words), cell.source
+            assert "input(" not in cell.source
+            assert len(cell.source.splitlines()) <= 25
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -198,6 +198,18 @@ def test_the_dropout_masks_are_the_same_in_every_format(text):
     assert row["loss_error"] < 1e-3
 
 
+class Disturbs(Progress):
+    """Calls a function when a step ends for the n-th time, over all runs."""
+
+    def __init__(self, at: int, call):
+        self._left, self._call = at, call
+
+    def step(self, *_):
+        self._left -= 1
+        if self._left == 0:
+            self._call()
+
+
 # --- what is recorded of every step ---------------------------------------------------------------------------------
 
 
@@ -251,6 +263,26 @@ def test_the_log_holds_the_very_batches_and_losses(text, tmp_path):
     assert steps["loss_scale"].isna().all()
     row = run.history.iloc[0]  # at step 3: the mean over the tokens of three batches
     assert steps["loss"][:3].mean() == pytest.approx(row["train_loss"], rel=0.02)
+
+
+def test_a_run_that_goes_on_drops_the_lines_after_its_checkpoint(text, tmp_path):
+    config = tiny_config(text, max_steps=8, name="one", results_dir=str(tmp_path))
+    path = tmp_path / "one" / "steps.csv"
+
+    def train_until(step):
+        log = StepLog(path, lambda model, batch: (0.0, 0.0))
+        with log.open():
+            runs.train(config, progress=Disturbs(step, lambda: signal.raise_signal(signal.SIGINT)), watch=log.watch)
+        return read_steps(path)
+
+    assert train_until(6)["batch"].tolist() == [1, 2, 3, 4, 5, 6]
+    with path.open(
+        "a", encoding="utf-8"
+    ) as file:  # as if a killed process had come further, the last line half written
+        file.write("7,7,99.0,1.0,,0,x,,\n8,8,99.0,1.0,,0,x,,\n9,9,99")
+    after = train_until(1)
+    assert after["batch"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert after["loss"].max() < 10
 
 
 # --- whole studies --------------------------------------------------------------------------------------------------
@@ -317,18 +349,6 @@ def test_a_finished_study_is_read_and_other_settings_make_another(whole, text):
     assert (again.record, (again.folder / "study.json").stat().st_mtime_ns) == (whole.record, before)
     with pytest.raises(ValueError, match="holds a study with other settings; give this one another name"):
         study_of(text, whole.folder.parent, name=whole.folder.name, dropout=0.1)
-
-
-class Disturbs(Progress):
-    """Calls a function when a step ends for the n-th time, over all runs."""
-
-    def __init__(self, at: int, call):
-        self._left, self._call = at, call
-
-    def step(self, *_):
-        self._left -= 1
-        if self._left == 0:
-            self._call()
 
 
 class Counts(Progress):

@@ -1,6 +1,7 @@
 """The batch of a run: found by a policy, recorded and kept, or a recipe's own in pieces; what stand-in GPUs decide."""
 
 import dataclasses
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,15 @@ from newllm_lib.recurrence.selfcheck import EngineChoice
 from newllm_lib.text.prepare import cache_folder
 
 GIB = 1 << 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """Measuring collects garbage each time: not through all that the test process has loaded."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """How fast a run will be: known, scaled, or not known; and what of it is remembered."""
 
+import gc
 import json
 from itertools import pairwise
 
@@ -14,6 +15,15 @@ from newllm_lib.probe import estimate_speed, speed, tries
 from newllm_lib.probe.memory import _container_bytes
 from newllm_lib.probe.speed import at_rows
 from newllm_lib.probe.store import Store
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """Measuring collects garbage each time: not through all that the test process has loaded."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,13 @@ def _at_one_batch(initialisation: str, batch: int, group: list[Place]) -> str:
     if len(rates) == 1:
         return f"{start}all rules give the rate {group[0].lr:.2g}, {group[0].result}."
     ranked = sorted(rates.values(), key=lambda place: place.best)
-    return start + "; ".join(place.text for place in ranked) + "."
+    text = start + "; ".join(place.text for place in ranked) + "."
+    if all(place.low == place.high for place in group):  # one seed
+        return text
+    apart = ranked[0].high < ranked[1].low
+    return (
+        f"{text} The first is {'below the others with every seed' if apart else 'not below the next with every seed'}."
+    )
 
 
 def _largest_rate(found: list[Place]) -> str:
@@ -279,14 +285,22 @@ def _curves(axes, record, histories: DataFrame, batch: int, names: list[str], le
     from matplotlib import ticker
     from matplotlib.lines import Line2D
 
-    drawn = set()
+    drawn, width = set(), 1.7 if len({cell["seed"] for cell in record["cells"]}) == 1 else 1.0
     for cell in record["cells"]:
         if cell["batch"] != batch or cell["run"] in drawn:
             continue
         drawn.add(cell["run"])
         rows = histories[histories["cell"] == cell["run"]]
         color, line = COLOURS[cell["rule"].partition(":")[0]], _LINES[names.index(cell["initialisation"]) % 4]
-        axes.plot(rows["epoch"], rows["val_ppl"], color=color, linestyle=line, linewidth=1.7, marker=".")
+        axes.plot(
+            rows["epoch"],
+            rows["val_ppl"],
+            color=color,
+            linestyle=line,
+            linewidth=width,
+            marker=".",
+            markersize=3 * width,
+        )
     axes.axhline(record["unigram_ppl"], color=_GREY, linewidth=1, linestyle=":")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
@@ -294,7 +308,7 @@ def _curves(axes, record, histories: DataFrame, batch: int, names: list[str], le
     axes.minorticks_off()
     lowest = min(filter(math.isfinite, histories["val_ppl"]), default=record["unigram_ppl"])
     axes.set_ylim(0.9 * min(lowest, record["unigram_ppl"]), 3 * record["unigram_ppl"])  # a beginning would flatten all
-    one = len({cell["run"] for cell in record["cells"] if cell["batch"] == batch}) == len(names)
+    one = len({f"{cell['lr']:.6g}" for cell in record["cells"] if cell["batch"] == batch}) == 1
     axes.set_title(f"batch {batch}: validation perplexity" + (" (all rules, one rate)" if one else ""), fontsize=11)
     axes.set_xlabel("epochs")
     axes.grid(alpha=0.25)
