@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import google_colab_stand_in as stand_in
 import IPython.display
 import pytest
 from IPython.display import HTML, FileLink
+from tiny import tiny_config, write_text
 
 import newllm_lib as nl
-from newllm_lib import notebook
+from newllm_lib import notebook, report
 from newllm_lib.mirror import Safety
-from newllm_lib.notebook import colab
+from newllm_lib.notebook import NotebookProgress, colab
 from newllm_lib.notebook.progress import View, page
 
 
@@ -296,3 +298,54 @@ def test_trouble_stands_out():
     assert "\N{WARNING SIGN}" in trouble
     assert "your work: NOT synced: &lt;full&gt;" in trouble
     assert "\N{WARNING SIGN}" not in page(View(safety=Safety("synced", "synced 2 minutes ago (step 5)")))
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """Every page that a live display shows."""
+    shown = []
+
+    class Handle:
+        def update(self, data, *, raw):
+            shown.append(data["text/html"])
+
+    def display(data, *, raw, display_id):
+        shown.append(data["text/html"])
+        return Handle()
+
+    monkeypatch.setattr(notebook, "in_notebook", lambda: True)
+    monkeypatch.setattr(IPython.display, "display", display)
+    return shown
+
+
+def test_the_live_page_shows_the_line_at_every_update(pages):
+    course = iter([Safety("copying", "copying"), Safety("synced", "synced 1 minute ago (step 5)")])
+    progress = NotebookProgress(clock=iter(range(0, 1000, 10)).__next__)
+    progress.watch(course.__next__)
+    progress.message("one")
+    progress.message("two")
+    assert ["your work: copying" in pages[0], "your work: synced 1 minute ago" in pages[1]] == [True, True]
+
+
+def test_where_the_live_page_fails_the_lines_tell_it(pages, monkeypatch, capsys):
+    progress = NotebookProgress()
+    progress.watch(lambda: Safety("ENOSPC", "NOT synced: full", False))
+    monkeypatch.setattr(notebook, "page", lambda view: 1 / 0)
+    progress.message("one")
+    progress.step(1, 10, 0.1, 3.0, 100.0)
+    assert "warning: copy: NOT synced: full" in capsys.readouterr().out
+
+
+def test_a_run_on_colab_is_taken_up_by_the_next_machine(on_colab, pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write_curves", lambda *args: None)
+    config = tiny_config(write_text(tmp_path / "text"), name="r", max_steps=3)
+    nl.train(config, **nl.storage()._asdict())
+    assert "your work: only on this machine, which Colab deletes when the runtime ends" in pages[-1]
+    nl.train(config, **nl.storage(use_drive=True)._asdict())  # finished, but not copied yet
+    assert "MyDrive/newllm/r: complete and verified (step 3)" in pages[-1]
+    shutil.rmtree("results")
+    run = nl.train(config, max_steps=6, **nl.storage(use_drive=True)._asdict())
+    assert run.record["step"] == 6
+    assert f"brought back from {tmp_path / MIRROR / 'r'}: step 3" in pages[-1]
+    assert "your work: complete and verified (step 6)" in pages[-1]
+    assert on_colab.drive.prompts == 1
