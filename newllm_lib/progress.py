@@ -35,8 +35,8 @@ class Progress:
     def validated(self, row: dict[str, Any], best: bool) -> None:
         """A row was added to the history."""
 
-    def watch(self, safety: Callable[[], Safety]) -> None:
-        """A copy of the run is kept from here on; `safety` tells at any time how safe the work is."""
+    def watch(self, safety: Callable[[], Safety] | None) -> None:
+        """Of a run that begins: `safety` tells at any time how safe the work is; None = no copy of it is kept."""
 
     def close(self) -> None:
         """The run has ended, in whatever way."""
@@ -135,7 +135,7 @@ class TerminalProgress(Progress):
             elif was_active and not spell.active and kind == "plateau":
                 self.message(f"the plateau of epochs {spell.first_epoch:.2f} to {spell.last_epoch:.2f} is over")
 
-    def watch(self, safety: Callable[[], Safety]) -> None:
+    def watch(self, safety: Callable[[], Safety] | None) -> None:
         """Print how safe the work is when that changes: the first copy, each kind of trouble once, and its end."""
         self._safety, self._told_safety = safety, []
 

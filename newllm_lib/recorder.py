@@ -17,10 +17,13 @@ from newllm_lib.hardware import environment
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import is_published_protocol, plan_lines, unfaithful_reason
 from newllm_lib.probe import estimate_speed
+from newllm_lib.probe.store import Store
 from newllm_lib.trainer import Trainer
 
 SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
 """A report's samples: how many, after how many tokens of a validation text, of how many tokens."""
+LEAST_SECONDS = 10
+"""Of training, before a run's speed stands for this machine in later plans."""
 
 
 class Recorder:
@@ -30,6 +33,7 @@ class Recorder:
         self.trainer, self.folder = trainer, folder
         folder.mkdir(parents=True, exist_ok=True)
         commands = [*earlier.get("commands", []), command()]
+        self._rows_before = len(trainer.state.history)  # which may be another machine's
         self.record = self._fixed(earlier) | {"commands": list(dict.fromkeys(commands)), "samples": []}
 
     def _fixed(self, earlier: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +98,8 @@ class Recorder:
         if report.best_row(history):
             self._export_best()
         self.record["samples"] = self._samples() if status != "running" else []
+        if len(history) > self._rows_before and history[-1]["train_seconds"] >= LEAST_SECONDS:
+            Store(self.trainer.setup.machine).keep_speed(self.trainer.setup, history[-1]["tokens_per_second"])
         self._write_record(status)
         report.write_history(self.folder, history)
         if history:

@@ -147,6 +147,7 @@ def train(
 
 def _train(requested: RunConfig, fresh: bool, progress: Progress, watch: Callable[[Trainer], None]) -> Run:
     setup, folder, earlier, mirror = _setup_and_folder(requested, fresh, progress)
+    progress.watch(mirror.safety if mirror else None)
     model = NewLLM(setup.config.model)
     model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
     model.to(setup.machine.device)
@@ -271,7 +272,6 @@ def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirro
     trainer.on_validation = recorder.validated
     if mirror:
         trainer.on_save = mirror.request
-        progress.watch(mirror.safety)
     recorder.write("running")
     status = "failed"
     try:

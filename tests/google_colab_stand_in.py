@@ -24,7 +24,6 @@ class Drive:
     environment: str = COLAB
     failure: BaseException | None = None
     """Raised where the user would be asked for permission."""
-    read_only: bool = False
     prompts: int = 0
     """How often the user was asked."""
     mounted: set[str] = field(default_factory=set)

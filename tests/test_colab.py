@@ -339,12 +339,14 @@ def test_where_the_live_page_fails_the_lines_tell_it(pages, monkeypatch, capsys)
 def test_a_run_on_colab_is_taken_up_by_the_next_machine(on_colab, pages, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write_curves", lambda *args: None)
     config = tiny_config(write_text(tmp_path / "text"), name="r", max_steps=3)
-    nl.train(config, **nl.storage()._asdict())
+    nl.train(config, progress=NotebookProgress(), **nl.storage()._asdict())
     assert "your work: only on this machine, which Colab deletes when the runtime ends" in pages[-1]
-    nl.train(config, **nl.storage(use_drive=True)._asdict())  # finished, but not copied yet
+    nl.train(
+        config, progress=NotebookProgress(), **nl.storage(use_drive=True)._asdict()
+    )  # finished, but not copied yet
     assert "MyDrive/newllm/r: complete and verified (step 3)" in pages[-1]
     shutil.rmtree("results")
-    run = nl.train(config, max_steps=6, **nl.storage(use_drive=True)._asdict())
+    run = nl.train(config, progress=NotebookProgress(), max_steps=6, **nl.storage(use_drive=True)._asdict())
     assert run.record["step"] == 6
     assert f"brought back from {tmp_path / MIRROR / 'r'}: step 3" in pages[-1]
     assert "your work: complete and verified (step 6)" in pages[-1]

@@ -7,14 +7,17 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_setup, write_text
+from tiny import tiny_config, tiny_setup, write_text
 
+import newllm_lib as nl
+from newllm_lib import recorder
 from newllm_lib.config import ModelConfig
 from newllm_lib.planning import matrix_parameters
 from newllm_lib.probe import estimate_speed, speed, tries
 from newllm_lib.probe.memory import _container_bytes
 from newllm_lib.probe.speed import at_rows
 from newllm_lib.probe.store import Store
+from newllm_lib.progress import Progress
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,6 +94,19 @@ def test_the_very_configuration_is_measured_once(text, monkeypatch):
     monkeypatch.setattr(speed, "time_steps", refuse)
     again = estimate_speed(tiny_setup(text, batch_size=48, lr=1e-4, epochs=7), measure=False)
     assert again == (first.tokens_per_second, "measured here for this very configuration")
+
+
+def test_a_run_that_trained_long_enough_here_is_what_later_plans_go_by(text, tmp_path, monkeypatch):
+    config = tiny_config(text, results_dir=str(tmp_path / "results"))
+    monkeypatch.setattr(speed, "time_steps", refuse)
+    nl.train(config, progress=Progress())
+    assert estimate_speed(tiny_setup(text), measure=False) is None  # seconds are too few to go by
+    monkeypatch.setattr(recorder, "LEAST_SECONDS", 0)
+    nl.train(config, progress=Progress())
+    assert estimate_speed(tiny_setup(text), measure=False) is None  # nothing was trained
+    longer = nl.train(config, epochs=3, progress=Progress())
+    expected = (longer.history.tokens_per_second.iloc[-1], "measured here for this very configuration")
+    assert estimate_speed(tiny_setup(text), measure=False) == expected
 
 
 def test_a_larger_batch_is_scaled_from_small_ones(text, monkeypatch):

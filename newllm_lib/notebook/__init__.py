@@ -36,6 +36,7 @@ class NotebookProgress(Progress):
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._plain = None if in_notebook() else TerminalProgress()
+        self._safety: Callable[[], Safety | None] = unsaved
         self._start()
 
     def _start(self) -> None:
@@ -49,7 +50,6 @@ class NotebookProgress(Progress):
         self._followed = self._plotted = 0  # rows of the history
         self._next_curves = -math.inf
         self._unshown: list[tuple[str, tuple]] = []  # what plain lines would have to say first
-        self._safety: Callable[[], Safety | None] = unsaved
 
     def begin(self, record: dict[str, Any], history: list[Row]) -> None:
         """A run begins or goes on: its record, as in run.json, and the rows that it has so far.
@@ -94,9 +94,9 @@ class NotebookProgress(Progress):
         self._show(important=True)
         self._last_step = self._clock()  # so that the validation counts for no step
 
-    def watch(self, safety: Callable[[], Safety]) -> None:
+    def watch(self, safety: Callable[[], Safety] | None) -> None:
         """Show from here on how safe the work is."""
-        self._safety = safety
+        self._safety = safety or unsaved
         self._hand_over("watch", safety)
 
     def close(self) -> None:

@@ -159,9 +159,9 @@ def table_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "final PPL": run["final_ppl"],
                 "best PPL": run["best_ppl"],
                 "same batches": f"{item['same_batches']} of {item['batches']}" if item else "",
-                "parted at batch": item.get("parted_at"),
-                "validation loss, last": item.get("val_last"),
-                "validation loss, mean": item.get("val_mean"),
+                "parted at batch": (item["parted_at"] or "never") if item else "",
+                "validation apart, last": item.get("val_last"),
+                "validation apart, mean": item.get("val_mean"),
                 "weights apart": item.get("distance"),
                 "skipped steps": run["skipped_steps"],
                 "training seconds": run["train_seconds"],
@@ -194,8 +194,9 @@ def text(record: dict[str, Any]) -> str:
             "",
             "## Runs",
             "",
-            "Differences are this run minus the first, in nats; weights apart is ||w - w_first|| / ||w_first||. "
-            "Seconds are of training as it happened, not a benchmark.",
+            "Apart is this run minus the first: of the last validation loss, and the mean size over all validations "
+            "(nats); of the weights, ||w - w_first|| / ||w_first||. Seconds are of training as it happened, not a "
+            "benchmark.",
             "",
             _table(rows),
             "",
