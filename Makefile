@@ -41,8 +41,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# A Jupyter of its own for each list of versions in tests/browser; modules that are never used are not compiled.
+# A Jupyter of its own for each list of versions in tests/browser.
 $(VENV)-%/.installed: tests/browser/%.txt constraints.txt setup.py
 	$(PYTHON) -m venv --clear $(VENV)-$*
-	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check --no-compile --requirement $< --editable .
+	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check --requirement $< --editable .
 	touch $@

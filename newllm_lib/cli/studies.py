@@ -44,16 +44,14 @@ class Listed(click.ParamType):
     show_default=True,
     help="Train the first once more with the next seed, as a yardstick.",
 )
-@click.option("--emulate", is_flag=True, help="Emulate what the hardware lacks (FP16 on a CPU: some 30 times as slow).")
 @click.option("--json", "as_json", is_flag=True, help="Print everything but the curves as JSON.")
 @field_options
-def precisions(
-    preset: str, formats: tuple[str, ...], control_seed: bool, emulate: bool, as_json: bool, **options: Any
-) -> None:
+def precisions(preset: str, formats: tuple[str, ...], control_seed: bool, as_json: bool, **options: Any) -> None:
     """Train PRESET in several number formats, everything else equal, and tell where they part and by how much.
 
-    Same seed, same batches, same initial weights, same dropout. Options as for `newllm train`; --name is the folder of
-    the study, its runs lie in it. The same command goes on where it stopped.
+    Same seed, same batches, same initial weights, same dropout. A format that the hardware lacks gives way to the
+    nearest 16-bit one, or with --emulate-precision is emulated (FP16 on a CPU: some 30 times as slow). Options as for
+    `newllm train`; --name is the folder of the study, its runs lie in it. The same command goes on where it stopped.
     """
     from newllm_lib.study.precisions import compare_precisions
 
@@ -61,11 +59,7 @@ def precisions(
         raise click.UsageError("--precision: this command trains in several formats; name them with --formats")
     config = config_of(preset, overrides_of(options))
     study = compare_precisions(
-        config,
-        formats,
-        control_seed=control_seed,
-        emulate=emulate,
-        report=lambda text: click.echo(text, err=True),
+        config, formats, control_seed=control_seed, report=lambda text: click.echo(text, err=True)
     )
     _show(study, as_json, "precisions.md, precisions.png, study.json, steps.csv, validations.csv, and the runs")
 

@@ -306,8 +306,8 @@ def _curves(axes, record, histories: DataFrame, batch: int, names: list[str], le
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    lowest = min(filter(math.isfinite, histories["val_ppl"]), default=record["unigram_ppl"])
-    axes.set_ylim(0.9 * min(lowest, record["unigram_ppl"]), 3 * record["unigram_ppl"])  # a beginning would flatten all
+    bests = [cell["best_ppl"] for cell in record["cells"] if cell["best_ppl"] is not None] + [record["unigram_ppl"]]
+    axes.set_ylim(0.9 * min(bests), max(3 * record["unigram_ppl"], 1.2 * max(bests)))  # a beginning would flatten all
     one = len({f"{cell['lr']:.6g}" for cell in record["cells"] if cell["batch"] == batch}) == 1
     axes.set_title(f"batch {batch}: validation perplexity" + (" (all rules, one rate)" if one else ""), fontsize=11)
     axes.set_xlabel("epochs")
@@ -317,4 +317,4 @@ def _curves(axes, record, histories: DataFrame, batch: int, names: list[str], le
         handles = [Line2D([], [], color=COLOURS[rule.partition(":")[0]], label=rule) for rule in rules]
         handles += [Line2D([], [], color="black", linestyle=_LINES[n % 4], label=name) for n, name in enumerate(names)]
         handles.append(Line2D([], [], color=_GREY, linestyle=":", label="word frequencies alone"))
-        axes.legend(handles=handles, frameon=False, fontsize=9, loc="upper right")
+        axes.legend(handles=handles, framealpha=0.8, edgecolor="none", fontsize=9)

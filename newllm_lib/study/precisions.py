@@ -111,7 +111,6 @@ def compare_precisions(
     precisions: str | Sequence[str] = ("fp32", "fp16"),
     *,
     control_seed: bool = True,
-    emulate: bool = False,
     progress: Progress | None = None,
     report: Callable[[str], None] = print,
     **overrides: Any,
@@ -119,16 +118,16 @@ def compare_precisions(
     """Train the same run in each of `precisions`, compare each with the first, and leave all of it in a folder.
 
     config and overrides as for `train`; the folder is `name` under `results_dir`, its runs lie in it. A format that the
-    hardware lacks gives way to the nearest 16-bit one, or is emulated with `emulate` (slow), or where that is the only
-    way to have two. control_seed: train a further run in the first format with another seed. progress: shows every run,
-    None = as `train` does; report: gets a line before each run. The same call goes on where the last one stopped; what
-    is finished is read. Raises ValueError for formats that make no comparison, KeyboardInterrupt when a run was
-    interrupted (it is saved).
+    hardware lacks gives way to the nearest 16-bit one, or is emulated (slowly) with `emulate_precision=True`, or where
+    that is the only way to have two. control_seed: train a further run in the first format with another seed.
+    progress: shows every run, None = as `train` does; report: gets a line before each run. The same call goes on where
+    the last one stopped; what is finished is read. Raises ValueError for formats that make no comparison,
+    KeyboardInterrupt when a run was interrupted (it is saved).
     """
     config, precisions = runs.resolve(config, **overrides), listed(precisions)
     setup = make_setup(config.replace(precision="fp32"))
     _check(config, precisions)
-    formats = available_formats(precisions, setup.machine, emulate)
+    formats = available_formats(precisions, setup.machine, config.train.emulate_precision)
     key = _key(setup, formats, control_seed)
     folder = Path(config.results_dir) / (config.name or f"precisions-{key[:6]}")
     if finished := _finished(folder, key):
@@ -174,7 +173,7 @@ def available_formats(precisions: Sequence[str], machine: Machine, emulate: bool
     if len(distinct) == 1:
         raise ValueError(
             f"precisions = {tuple(precisions)!r}: on {machine.name} they all come down to {distinct[0].name}; compare "
-            "with fp32, or let them be emulated (emulate=True, in the shell --emulate)"
+            "with fp32, or let them be emulated (emulate_precision=True, in the shell --emulate-precision)"
         )
     return distinct
 
@@ -310,13 +309,36 @@ def compare_runs(
         "same_batches": int((both["digest"] == both["digest_other"]).sum()),
         "band": band,
         "parted_at": None if parted is None else int(both["batch"].iloc[parted]),
+        "rejoined_at": None if parted is None else _rejoined_at(both["batch"], np.abs(gaps) > band),
         "train_largest": _largest(gaps),
         "gap_first": float(sizes[0]) if len(sizes) else None,
         "gap_last": float(np.median(sizes[-window:])) if len(sizes) else None,
+        **around_the_first_skip(both, sizes, window),
         "validations": len(val),
         "val_last": float(val[-1]) if len(val) else None,
         "val_mean": float(np.abs(val).mean()) if len(val) else None,
         "distance": _last(other["distance"].dropna()),
+    }
+
+
+def _rejoined_at(batches: Any, beyond: np.ndarray) -> int | None:
+    """The batch from which curves stay together to the end; beyond (n,): whether they are apart, for the last n."""
+    if beyond[-1]:
+        return None
+    return int(batches.iloc[len(batches) - 1 - int(beyond[::-1].argmax()) + 1])
+
+
+def around_the_first_skip(both: DataFrame, sizes: np.ndarray, window: int) -> dict[str, Any]:
+    """Where the other run first skipped a step, and the mean difference (n,) over a window before and after."""
+    skips = np.flatnonzero(both["skipped_other"])
+    if not len(skips):
+        return {"first_skip": None, "gap_before_skip": None, "gap_after_skip": None}
+    first = int(skips[0])
+    before, after = sizes[max(0, first - window + 1) : first + 1], sizes[first + 1 :][:window]
+    return {
+        "first_skip": int(both["batch"].iloc[first]),
+        "gap_before_skip": float(before.mean()),  # its own loss too: that was before the update
+        "gap_after_skip": float(after.mean()) if len(after) else None,
     }
 
 

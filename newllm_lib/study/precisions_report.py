@@ -28,7 +28,7 @@ def findings(record: dict[str, Any]) -> list[str]:
     for item in record["comparisons"]:
         if item is not control:
             found += _of_one_format(record, item, control)
-    found += [_skipped(run) for run in record["runs"] if run["loss_scale"]]
+    found += [_skipped(record, run) for run in record["runs"] if run["loss_scale"]]
     found += [f"{run['label']} broke down: {run['failure']}" for run in record["runs"] if run["failure"]]
     if control:
         found.append(
@@ -103,12 +103,12 @@ def _parting(item: dict[str, Any], names: str, window: int, control: dict[str, A
         return f"Too few steps to say where {names} part: the curves are compared as means of {window}."
     band = f"±{item['band']:.3f} nats, what another draw of batches can do to means of {window} steps"
     if item["parted_at"] is None:
-        text = f"The training curves of {names} never part: they stay within {band}. At most they are"
+        text = f"The training curves of {names} never part: they stay within {band}"
     else:
-        text = (
-            f"The training curves of {names} part at batch {item['parted_at']}, by more than {band}. At most they are"
-        )
-    text += f" {abs(item['train_largest']):.4f} apart"
+        text = f"The training curves of {names} part at batch {item['parted_at']}, by more than {band}"
+        if item["rejoined_at"]:
+            text += f", and are within it again from batch {item['rejoined_at']}"
+    text += f". At most they are {abs(item['train_largest']):.4f} apart"
     if control and control["train_largest"] is not None:
         text += f" (another seed: {abs(control['train_largest']):.4f})"
     first, last = item["gap_first"], item["gap_last"]
@@ -135,11 +135,19 @@ def _validation(
     )
 
 
-def _skipped(run: dict[str, Any]) -> str:
+def _skipped(record: dict[str, Any], run: dict[str, Any]) -> str:
     start, end = run["loss_scale"]
-    return (
+    text = (
         f"{run['label']}: {run['skipped_steps']} of {run['batches']} steps were skipped because a gradient overflowed; "
         f"the loss scale went from {start:g} to {end:g}."
+    )
+    item = next((item for item in record["comparisons"] if item["label"] == run["label"]), {})
+    if item.get("gap_before_skip") is None or item["gap_after_skip"] is None:
+        return text
+    return (
+        f"{text} A skipped step is an update less, which is more than rounding: around the first one (batch "
+        f"{item['first_skip']}) the difference on the same batch went from {item['gap_before_skip']:.1e} to "
+        f"{item['gap_after_skip']:.1e}."
     )
 
 
@@ -273,7 +281,7 @@ def _finish(axes, title: str, xlabel: str = "batches read") -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(xlabel)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(framealpha=0.8, edgecolor="none", fontsize=9)
 
 
 def _training_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
@@ -331,7 +339,7 @@ def _norm_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
     styles = _styles(record)
     for label, style in styles.items():
         rows = steps[(steps["label"] == label) & (steps["skipped"] == 0)]
-        axes.plot(rows["batch"], rows["grad_norm"], **style | {"linewidth": 1.1})
+        axes.plot(rows["batch"], rows["grad_norm"].rolling(record["window"], min_periods=1).median(), **style)
         left_out = steps[(steps["label"] == label) & (steps["skipped"] == 1)]
         if len(left_out):
             name = f"{style['label']}: skipped ({len(left_out)})"
@@ -340,7 +348,7 @@ def _norm_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
                 left_out["batch"], at, "v", transform=axes.get_xaxis_transform(), color=style["color"], label=name
             )
     _plain_log(axes)
-    _finish(axes, "Gradient norm before clipping")
+    _finish(axes, f"Gradient norm before clipping (median of {record['window']})")
 
 
 def _distance_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
@@ -382,4 +390,4 @@ def _rounding_panel(axes, record: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     _finish(axes, f"Error of one step's gradient, {state} weights (%)", "% of the FP32 gradient's size")
-    axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=len(formats) + 1)

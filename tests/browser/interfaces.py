@@ -154,7 +154,7 @@ class Classic(Interface):
 
     name = "classic"
     cells = "#notebook .code_cell"
-    editor = ".input_area .CodeMirror-lines"
+    editor = ".input_area .CodeMirror-code"
     outputs = ".output_area"
     number = ".input_prompt"
     complaints = ".output_error, .output_stderr"
