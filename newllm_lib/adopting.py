@@ -82,7 +82,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _place(source: Path, payload: dict[str, Any], folder: Path) -> Run:
     """Copy a checkpoint into a run's folder, where that does not have it or a newer one, and see to its record."""
     checkpoints, state = Checkpoints(folder / "checkpoints", folder.name), payload["state"]
-    _check_same_run(checkpoints, payload)
+    check_same_run(folder, payload["identity"])
     if max(map(valid_step, checkpoints.files()), default=-1) < state["step"]:
         is_best = state["best_step"] == state["step"]
         entry = {"sha256": sha256_of(source), "step": state["step"], "bytes": source.stat().st_size}
@@ -98,15 +98,17 @@ def _place(source: Path, payload: dict[str, Any], folder: Path) -> Run:
     return Run(folder)
 
 
-def _check_same_run(checkpoints: Checkpoints, payload: dict[str, Any]) -> None:
-    folder = checkpoints.folder.parent
+def check_same_run(folder: Path, identity: str) -> None:
+    """FileExistsError where a folder holds another run than that of an identity."""
     if (folder / "run.json").exists():
-        identity = report.read_record(folder).get("identity")
+        found = report.read_record(folder).get("identity")
     else:
-        found = checkpoints.newest_valid(_to_stderr)
-        identity = found[1]["identity"] if found else payload["identity"]
-    if identity != payload["identity"]:
-        raise FileExistsError(f"{folder}: is there already, and is another run; give another name")
+        newest = Checkpoints(folder / "checkpoints", folder.name).newest_valid(_to_stderr)
+        found = newest[1]["identity"] if newest else identity
+    if found != identity:
+        raise FileExistsError(
+            f"{folder}: is there already, and is another run: give another name or results_dir, or rename that folder"
+        )
 
 
 def _record(payload: dict[str, Any], folder: Path) -> dict[str, Any]:

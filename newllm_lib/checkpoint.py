@@ -71,6 +71,20 @@ class Checkpoints:
         """Every checkpoint of the run, the one with the most steps first."""
         return sorted(self.folder.glob("*.pt"), key=recorded_step, reverse=True)
 
+    def take_over(self, run: str) -> None:
+        """Rename the files of a run that had another name, so that its best and its final one are found."""
+        old = Checkpoints(self.folder, run)
+        kept = re.compile(re.escape(run) + r"_((final|epoch_\d+|step_\d+)\.pt)")
+        for path in self.folder.glob("*.pt"):
+            match = kept.fullmatch(path.name)
+            target = self.best if path == old.best else self.folder / f"{self.run}_{match[1]}" if match else path
+            if target.exists():
+                continue
+            if sidecar(path).exists():  # first: a file without its record could not be verified
+                _record(target, _recorded(path))
+            path.rename(target)
+            sidecar(path).unlink(missing_ok=True)
+
     def prune_steps(self, keep: int = 2) -> None:
         """Remove all but the `keep` files that were written last to guard against a lost machine."""
         pattern = re.compile(re.escape(self.run) + r"_step_(\d+)\.pt")
@@ -96,7 +110,8 @@ class Checkpoints:
                 warn(f"{error}; trying the checkpoint before it")
         if files:
             raise CheckpointError(
-                f"{self.folder}: none of its checkpoints can be read; --fresh keeps them and starts over"
+                f"{self.folder}: none of its checkpoints can be read; fresh=True (in the shell --fresh) keeps them "
+                "under another name and starts over"
             )
         return None
 
@@ -160,11 +175,16 @@ def current_entry(path: Path) -> dict[str, Any] | None:
     return next(iter(_current(path)), None)
 
 
-def verified_entry(path: Path, recorded: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The entry of the sidecar, or of `recorded`, that a checkpoint's content matches; CheckpointError where none."""
+def verified_entry(
+    path: Path, recorded: Sequence[dict[str, Any]] = (), alive: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """The entry of the sidecar, or of `recorded`, that a checkpoint's content matches; CheckpointError where none.
+
+    alive: as for `sha256_of`.
+    """
     entries = [*_recorded(path), *recorded]
     try:
-        digest = sha256_of(path)
+        digest = sha256_of(path, alive)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     for entry in entries:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from newllm_lib import report
-from newllm_lib.adopting import adopt
+from newllm_lib.adopting import adopt, check_same_run
 from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.fetching import fetch
 from newllm_lib.mirror import Mirror
@@ -25,29 +24,37 @@ def find_run(
 ) -> Run | None:
     """A run to continue, brought to `results_dir` if it lies elsewhere.
 
-    place: a run's folder, a bundle with a checkpoint, a checkpoint file, or the id of such a file on Google Drive
-    (`sha256` is then what its content must be); empty = the newest run of `results_dir` and of its copies in
-    `mirror_dir`, None where there is none. Errors as of `fetch` and `adopt`.
+    place: a run's folder, or its name in `results_dir` or `mirror_dir`; a bundle with a checkpoint, a checkpoint file,
+    or the id of such a file on Google Drive (`sha256` is then what its content must be); empty = the newest run of
+    `results_dir` and of its copies in `mirror_dir`, None where there is none. Errors as of `fetch` and `adopt`;
+    FileExistsError where a copy's run would replace another one.
     """
-    if place and (Path(place) / "run.json").is_file():
-        return Run(place)
+    wheres = [Path(where) for where in (results_dir, mirror_dir) if where]
     if place:
-        return adopt(fetch(place, Path(results_dir) / "downloads", sha256), results_dir)
-    records = {folder: record for where in (results_dir, mirror_dir) if where for folder, record in _runs_in(where)}
-    if not records:
-        return None
-    newest = max(records, key=lambda folder: (folder / "run.json").stat().st_mtime)
-    folder = Path(results_dir) / newest.name
-    if mirror_dir:
-        Mirror(folder, mirror_dir, records[newest]["identity"]).restore(tell)
-    return Run(folder)
+        folders = [
+            path for path in (Path(place), *(where / place for where in wheres)) if (path / "run.json").is_file()
+        ]
+        if not folders:
+            return adopt(fetch(place, Path(results_dir) / "downloads", sha256), results_dir)
+        found = folders[0]
+    else:
+        folders = [folder for where in wheres for folder in _runs_in(where)]
+        if not folders:
+            return None
+        found = max(folders, key=lambda folder: (folder / "run.json").stat().st_mtime)
+    here = Path(results_dir) / found.name
+    if mirror_dir and found.resolve().parent in (here.resolve().parent, Path(mirror_dir).resolve()):
+        identity = report.read_record(found)["identity"]
+        check_same_run(here, identity)
+        Mirror(here, mirror_dir, identity).restore(tell)
+        return Run(here)
+    return Run(found)
 
 
-def _runs_in(where: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Folders with runs that can go on, and their records."""
-    folders = [path.parent for path in Path(where).glob("*/run.json")]
-    records = [(folder, report.read_record(folder)) for folder in folders]
-    return [(folder, record) for folder, record in records if record["status"] != "imported"]
+def _runs_in(where: Path) -> list[Path]:
+    """Folders with runs that can go on."""
+    folders = [path.parent for path in where.glob("*/run.json")]
+    return [folder for folder in folders if report.read_record(folder)["status"] != "imported"]
 
 
 def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = None, **changes) -> RunConfig:
@@ -64,7 +71,7 @@ def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = Non
     config = asked.replace(**changes, epochs=epochs, max_steps=max_steps)
     if asked.train.lr_schedule != "constant" and "decay_steps" not in changes:
         config = config.replace(decay_steps=None)
-    setup = make_setup(config)
+    setup = make_setup(config, run.record.get("decided"))  # its batch may be what a policy or another machine gave
     done = run.record.get("step", 0)
     if setup.total_steps < done:
         asked_for = f"epochs = {epochs}" if epochs else f"max_steps = {max_steps}"

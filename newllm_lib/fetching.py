@@ -77,11 +77,13 @@ def _drive_id(source: str) -> str:
 
 def _download(file_id: str, scratch: Path, stall: float) -> Path:
     """Let gdown download a file into a folder; the file. In a thread, as a connection that hangs would never end."""
+    try:
+        import gdown
+    except ImportError as error:
+        raise ImportError(f"a download from Google Drive needs gdown ({error}): pip install gdown") from error
     outcome: list[object] = []
 
     def work() -> None:
-        import gdown
-
         try:
             outcome.append(gdown.download(id=file_id, output=f"{scratch}{os.sep}", quiet=True, use_cookies=False))
         except Exception as error:

@@ -83,6 +83,7 @@ def copy_atomic(source: Path, target: Path, sha256: str, alive: Callable[[], Non
         while chunk := opened.read(_CHUNK):
             digest.update(chunk)
             file.write(chunk)
+            file.flush()  # piece by piece, so that little is left for the end, where no piece tells that it goes on
             alive()
         if digest.hexdigest() != sha256:
             raise ChangedError(f"{source}: was replaced while it was being copied")

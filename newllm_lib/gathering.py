@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,38 +21,59 @@ def gather(
 ) -> list[Run]:
     """The trained runs in folders and bundles, each once, in the order of `places`; bundles go to `results_dir`.
 
-    A place with `*`, `?` or `[` is a pattern: of what it finds, only runs and bundles count, and `report` tells what
-    is left out and why. A place that is named must be a run: FileNotFoundError, FileExistsError or ValueError if not.
+    A run that is also there as a copy counts once, as the one that is further. A bundle whose name is taken by
+    something else gets a free one, which `report` tells. A place with `*`, `?` or `[` is a pattern: of what it finds,
+    only runs and bundles count, and `report` tells what is left out and why. A place that is named must be a run:
+    FileNotFoundError or ValueError if not.
     """
     places = [places] if isinstance(places, (str, Path)) else places
-    found: dict[Path, Run] = {}
+    found: dict[tuple, Run] = {}
+
+    def add(run: Run) -> None:
+        key = run.folder.name, run.record.get("identity") or run.folder.resolve()
+        if key not in found or run.record.get("step", 0) > found[key].record.get("step", 0):
+            found[key] = run
+
     for place in places:
         if not glob.has_magic(str(place)):
-            run = _run_at(Path(place), results_dir)
+            run = _run_at(Path(place), results_dir, report)
             if run is None:
                 raise FileNotFoundError(f"{place}: no run's folder and no bundle")
-            found.setdefault(run.folder.resolve(), run)
+            add(run)
             continue
         for path in map(Path, sorted(glob.glob(str(place)))):
             try:
-                run = _run_at(path, results_dir)
+                run = _run_at(path, results_dir, report)
             except (BundleError, OSError, ValueError) as error:
                 report(f"left out: {error}")
                 continue
             if run is not None and run.best is None:
                 report(f"left out: {path}: has no validation behind it yet")
             elif run is not None:
-                found.setdefault(run.folder.resolve(), run)
+                add(run)
     return list(found.values())
 
 
-def _run_at(path: Path, results_dir: str | Path) -> Run | None:
+def _run_at(path: Path, results_dir: str | Path, report: Callable[[str], None]) -> Run | None:
     """The run of a folder or a bundle, None where the path is neither."""
     if (path / "run.json").is_file():
         return Run(path)
     if path.suffix == ".zip" and path.is_file():
-        return open_bundle(path, results_dir)
+        return _opened(path, results_dir, report)
     return None
+
+
+def _opened(path: Path, results_dir: str | Path, report: Callable[[str], None]) -> Run:
+    """The run of a bundle, in a folder of its own."""
+    try:
+        return open_bundle(path, results_dir)
+    except FileExistsError as taken:
+        reason = str(taken).partition(";")[0]
+    for number in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            run = open_bundle(path, results_dir, f"{path.stem}-{number}")
+            report(f"{path}: opened as {run.folder}, because {reason}")
+            return run
 
 
 def side_by_side(runs: Sequence[Run], prompts: Sequence[str], *, seed: int = 0, **options):

@@ -23,6 +23,14 @@ from newllm_lib.checkpoint import (
     tokenizer_text,
 )
 from newllm_lib.config import RunConfig
+from newllm_lib.earlier import (
+    checkpoints_gone,
+    decided_by_checkpoint,
+    decisions,
+    earlier_record,
+    run_folder,
+    set_aside,
+)
 from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import Metrics, evaluate_split
 from newllm_lib.mirror import Mirror
@@ -116,7 +124,7 @@ def plan(
     """
     setup = make_setup(resolve(config, **overrides))
     folder = run_folder(setup)
-    decided = earlier_record(folder).get("decided", {})
+    decided = decisions(earlier_record(folder, setup.identity), setup.identity)
     setup = make_setup(setup.requested, decided, setup.prepared) if decided else setup
     setup = settle_batch(setup, decided, report or (lambda text: print(text, file=sys.stderr)))
     return setup, plan_lines(setup, str(folder), speed=estimate_speed(setup))
@@ -189,49 +197,15 @@ def _setup_and_folder(
     mirror = Mirror(folder, setup.config.mirror_dir, setup.identity) if setup.config.mirror_dir else None
     for place in (folder, *([mirror.place] if mirror else [])):
         if fresh and place.exists():
-            progress.message(f"starting over; the old run is kept as {_set_aside(place)}")
-    if mirror and earlier_record(folder).get("identity", setup.identity) == setup.identity:
+            progress.message(f"starting over; the old run is kept as {set_aside(place)}")
+    if mirror and earlier_record(folder, setup.identity).get("identity", setup.identity) == setup.identity:
         mirror.restore(progress.message)
-    earlier = earlier_record(folder)
-    decided = earlier["decided"] if earlier else _decided_by_checkpoint(folder)
+    earlier = earlier_record(folder, setup.identity)
+    checkpoints = Checkpoints(folder / "checkpoints", folder.name)
+    checkpoints.take_over(earlier.get("run", folder.name))
+    decided = decisions(earlier, setup.identity) if earlier else decided_by_checkpoint(checkpoints, setup.identity)
     setup = make_setup(requested, decided, setup.prepared) if decided else setup
     return settle_batch(setup, decided, progress.message), folder, earlier, mirror
-
-
-def _decided_by_checkpoint(folder: Path) -> dict[str, Any]:
-    """The decisions that a run's newest checkpoint shows, for where its record is missing; empty without one."""
-    found = Checkpoints(folder / "checkpoints", folder.name).newest_valid(lambda text: None)  # told when it goes on
-    if found is None:
-        return {}
-    decided = {"batch_size": found[1]["config"]["train"]["batch_size"]}
-    return decided | ({"precision": "fp16"} if found[1]["scaler"] else {})
-
-
-def earlier_record(folder: Path) -> dict[str, Any]:
-    """The record of the run that a new one would continue; empty where there is none.
-
-    ValueError when it is damaged, CheckpointError when it is that of an imported run.
-    """
-    if not (folder / "run.json").exists():
-        return {}
-    earlier = report.read_record(folder)
-    if earlier["status"] == "imported":
-        raise CheckpointError(
-            f"{folder}: an imported run: it has weights, but no training state to go on from. Give this run another "
-            "name (--name), or --fresh, which keeps the imported one under another name"
-        )
-    return earlier
-
-
-def run_folder(setup: Setup) -> Path:
-    """Where a run lives: its own name, or its preset's and six digits of its identity."""
-    config = setup.config
-    return Path(config.results_dir) / (config.name or f"{config.preset}-{setup.identity[:6]}")
-
-
-def _set_aside(folder: Path) -> Path:
-    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-    return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
 def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> None:
@@ -249,22 +223,14 @@ def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> 
     state, total = trainer.state, trainer.setup.total_steps
     best = report.best_row(state.history)
     so_far = f", best PPL so far {best['val_ppl']:.2f}" if best else ""
-    progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: step {state.step} of {total}{so_far}")
-
-
-def checkpoints_gone(folder: Path, step: int) -> str:
-    """Why a run that has a record cannot go on."""
-    return (
-        f"{folder}: the checkpoints of this run are gone (it was at step {step}); --fresh keeps what is left under "
-        "another name and starts over"
-    )
+    progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: step {state.step:,} of {total:,}{so_far}")
 
 
 def _how_to_extend(trainer: Trainer) -> str:
     if trainer.ended() == "stopped early":
-        return "more: a larger --patience; anew: --fresh"
+        return "more: a larger patience; anew: fresh"
     decays = trainer.setup.config.train.lr_schedule != "constant"
-    return "more: --epochs or --max-steps" + (" with --decay-steps" if decays else "") + "; anew: --fresh"
+    return "more: epochs or max_steps" + (" with decay_steps" if decays else "") + "; anew: fresh"
 
 
 def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirror | None) -> Run:
@@ -285,23 +251,31 @@ def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirro
         raise TrainingError(f"{error}. Stopped at step {trainer.state.step}; {where}") from error
     finally:
         progress.close()
-        recorder.write(status)
-        if status == "interrupted":
-            _tell_how_to_continue(trainer, progress)
-        if mirror:
-            mirror.close(progress.message)
+        try:
+            recorder.write(status)
+            if status == "interrupted":
+                _tell_how_to_continue(trainer, progress)
+        finally:  # a full disk here is one more reason to have the copy there
+            if mirror:
+                mirror.close(progress.message)
     return Run(recorder.folder)
 
 
 def _tell_how_to_continue(trainer: Trainer, progress: Progress) -> None:
     newest = next(iter(trainer.checkpoints.files()), None)
-    again = command().replace(" --fresh", "")
     if newest is None:
-        progress.message(
-            f"interrupted at step {trainer.state.step}, before the first checkpoint; to start again: {again}"
-        )
+        text = f"interrupted at step {trainer.state.step:,}, before the first checkpoint; to start again"
     else:
-        progress.message(f"interrupted; {newest.name} is saved, and this command continues it: {again}")
+        text = f"interrupted; {newest.name} is saved; to go on"
+    progress.message(f"{text}: {_again()}")
+
+
+def _again() -> str:
+    """What the user does to make this call once more."""
+    if "ipykernel" in sys.modules:
+        return "run this cell again"
+    text = command()
+    return text.replace(" --fresh", "") if text.startswith("newllm ") else "the same call again"
 
 
 def load(folder: str | Path) -> Run:

@@ -121,6 +121,8 @@ def describe_allowed(hint: Any, allowed: typing.Mapping[str, Any]) -> str:
         text = "true or false"
     elif str in kinds:
         text = "text"
+    elif typing.get_origin(hint) is tuple:
+        text = "pairs of numbers such as ((0, 0.5), (10, 1))"
     else:
-        text = getattr(hint, "__name__", str(hint))
+        text = hint.__name__
     return text + (", or none" if type(None) in kinds else "")

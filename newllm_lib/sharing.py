@@ -75,7 +75,9 @@ def _check_half(model: NewLLM) -> None:
     for name, tensor in model.state_dict().items():
         largest = float(tensor.abs().max())
         if not largest <= most:
-            raise ValueError(f"{name} holds {largest:g}: FP16 ends at {most:g}; export without --half")
+            raise ValueError(
+                f"{name} holds {largest:g}: FP16 ends at {most:g}; export without half (in the shell --half)"
+            )
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def _is_plain(part: str) -> bool:
 
 def _folder_name(name: str, path: Path) -> str:
     if not _is_plain(str(name)):
-        raise BundleError(f"{path}: refused: {name!r} is no name for a folder; give one with --name")
+        raise BundleError(f"{path}: refused: {name!r} is no name for a folder; give one as name (in the shell --name)")
     return str(name)
 
 
@@ -244,5 +246,7 @@ def _already_there(folder: Path, manifest: dict[str, Any]) -> Run:
         if name == "model/README.md" and not found.is_file():
             continue  # made for the bundle
         if not found.is_file() or hashlib.sha256(found.read_bytes()).hexdigest() != entry["sha256"]:
-            raise FileExistsError(f"{folder}: is there already, with another {name}; give another --name")
+            raise FileExistsError(
+                f"{folder}: is there already, with another {name}; give another name (in the shell --name)"
+            )
     return Run(folder)

@@ -87,7 +87,7 @@ def optimizer_step(
     total, context = float(nll_sum), torch.cat(contexts)
     if not math.isfinite(total):
         raise TrainingError(
-            f"the loss is {total}: the weights have left the range in which they can learn; a lower --lr may help"
+            f"the loss is {total}: the weights have left the range in which they can learn; a lower lr may help"
         )
     try:
         norm, skipped = _update(model, optimizers, scaler, clip)
@@ -107,7 +107,7 @@ def _update(
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     skipped = not math.isfinite(norm)
     if skipped and not scaler.is_enabled():
-        raise TrainingError(f"the gradient norm is {norm} though the loss is finite; a lower --lr may help")
+        raise TrainingError(f"the gradient norm is {norm} though the loss is finite; a lower lr may help")
     if not skipped:
         for optimizer in optimizers:
             scaler.step(optimizer)
@@ -123,8 +123,8 @@ class Portion:
     work: str
     whole: str
     """What does not change with `rows`."""
-    option: str
-    """What sets `rows` in the shell."""
+    field: str
+    """Which one sets `rows`."""
     machine: Machine
     tell: Callable[[str], None]
 
@@ -139,7 +139,7 @@ class Portion:
             ) from None
         self.tell(
             f"warning: memory ran out in {self.work}: {self.whole} stays as it is, computed {self.rows} sequences at a "
-            f"time; {self.option} {self.rows} begins that way"
+            f"time; {self.field} = {self.rows} begins that way"
         )
         return self.rows
 

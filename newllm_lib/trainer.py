@@ -129,9 +129,9 @@ class Trainer:
         self._torn = False  # whether an exception may have left a step half done
         at_once = {"machine": setup.machine, "tell": self.progress.message}
         whole, rows = f"the batch of {train.batch_size}", train.micro_batch_size or train.batch_size
-        self._portion = Portion(rows, "training", whole, "--micro-batch-size", **at_once)
+        self._portion = Portion(rows, "training", whole, "micro_batch_size", **at_once)
         self._validation_portion = Portion(
-            train.eval_batch_size, "validation", "what is scored", "--eval-batch-size", **at_once
+            train.eval_batch_size, "validation", "what is scored", "eval_batch_size", **at_once
         )
         self._beginning: bytes | None = None  # what a checkpoint would hold, until there is one
 
@@ -231,7 +231,7 @@ class Trainer:
         self._portion.halve(min(self._portion.rows, train.batch_size), failure)
         if torn:
             self._restore_newest()
-            self.progress.message(f"the weights were being changed just then: going on from step {self.state.step}")
+            self.progress.message(f"the weights were being changed just then: going on from step {self.state.step:,}")
         return None
 
     def _batch(self) -> Tensor:
@@ -256,7 +256,7 @@ class Trainer:
             if state.skipped_in_a_row >= train.max_skipped_steps:
                 raise TrainingError(
                     f"{state.skipped_in_a_row} steps in a row had gradients that are not finite "
-                    f"(loss scale {self.scaler.get_scale():g}); a lower --lr may help"
+                    f"(loss scale {self.scaler.get_scale():g}); a lower lr may help"
                 )
         else:
             state.step += 1
@@ -373,7 +373,7 @@ def needs_new_end(decay_steps: int, total_steps: int) -> str:
     """Why a run whose rate decays to an end cannot go on beyond it."""
     return (
         f"the rate of this run decays to its end at step {decay_steps}, so going on to step {total_steps} needs a new "
-        f"end: --decay-steps {total_steps}. Or start another run: --name NEW, or --fresh"
+        f"end: decay_steps = {total_steps}. Or start another run: another name, or fresh=True (in the shell --fresh)"
     )
 
 
@@ -382,7 +382,8 @@ def difference(payload: dict[str, Any], setup: Setup) -> str:
     if payload["data_fingerprint"] != setup.prepared.fingerprint:
         return (
             f"the data have changed since this checkpoint: sha256 was {payload['data_fingerprint'][:16]}…, is now "
-            f"{setup.prepared.fingerprint[:16]}…. Restore the old text, or start anew with --fresh or another --name"
+            f"{setup.prepared.fingerprint[:16]}…. Restore the old text, or start anew: another name, "
+            "or fresh=True (in the shell --fresh)"
         )
     old, new = payload["config"], setup.config.to_dict()
     changed = [
@@ -392,4 +393,4 @@ def difference(payload: dict[str, Any], setup: Setup) -> str:
         if flat_fields()[key].metadata["identity"] and key != "data" and old[section].get(key) != value
     ]
     what = "; ".join(changed) or "the vocab_size or batch_size that was asked for, or the library's identity version"
-    return f"of a run with other settings: {what}. Use another --name, or --fresh"
+    return f"of a run with other settings: {what}. Give another name, or fresh=True (in the shell --fresh)"

@@ -151,7 +151,7 @@ def test_another_run_of_that_name_is_left_alone(place, tmp_path):
             (tmp_path / "r" / "run.json").unlink()
         before = contents(tmp_path)
         for file in (place / STEP, path):
-            with pytest.raises(FileExistsError, match="r: is there already, and is another run; give another name"):
+            with pytest.raises(FileExistsError, match="r: is there already, and is another run: give another name"):
                 adopt(file, tmp_path)
         assert contents(tmp_path) == before
 

@@ -42,6 +42,7 @@ ROOMS = [
     "progress",
     "trainer",
     "planning",
+    "earlier",
     "probe",
     "recorder",
     "importing",

@@ -28,6 +28,7 @@ from newllm_lib.checkpoint import (
     load_weights,
     save_checkpoint,
     sidecar,
+    valid_step,
 )
 from newllm_lib.config import ModelConfig
 from newllm_lib.model import NewLLM
@@ -101,7 +102,9 @@ def test_no_file_is_none_and_files_of_which_none_can_be_read_are_an_error(tmp_pa
     assert Checkpoints(tmp_path, "r").newest_valid(fail_on_warning) is None
     (tmp_path / "r_final.pt").write_bytes(b"nothing")
     warnings = []
-    with pytest.raises(CheckpointError, match="none of its checkpoints can be read; --fresh keeps them and starts"):
+    with pytest.raises(
+        CheckpointError, match=r"none of its checkpoints can be read; fresh=True .in the shell --fresh. keeps them"
+    ):
         Checkpoints(tmp_path, "r").newest_valid(warnings.append)
     assert "not a readable checkpoint (7 bytes)" in warnings[0]
 
@@ -260,3 +263,30 @@ def test_a_payload_is_plain_enough_for_the_safe_reader(text, tmp_path):
     torch.save(trainer.payload(), buffer)
     buffer.seek(0)
     assert same(torch.load(buffer, weights_only=True)["context"], trainer.context)
+
+
+def test_files_of_a_run_that_had_another_name_are_renamed_with_their_records(tmp_path):
+    old, new = Checkpoints(tmp_path, "a"), Checkpoints(tmp_path, "a_epoch_1")
+    paths = {old.best: new.best, old.final: new.final, old.epoch(3): new.epoch(3), old.step(12): new.step(12)}
+    for number, path in enumerate(paths):
+        save_checkpoint(path, {"state": {"step": number}}, number)
+    save_checkpoint(new.step(13), {"state": {"step": 13}}, 13)  # its own, though its name begins with a_epoch_1
+    save_checkpoint(tmp_path / "other.pt", {"state": {"step": 14}}, 14)
+    new.take_over("a_epoch_1")
+    assert old.best.exists()
+    for _ in range(2):
+        new.take_over("a")
+        for number, path in enumerate(paths.values()):
+            assert load_checkpoint(path, fail_on_warning)["state"]["step"] == number
+            assert valid_step(path) == number
+    stay = [new.step(13), tmp_path / "other.pt"]
+    everything = [*paths.values(), *stay]
+    assert sorted(tmp_path.iterdir()) == sorted([*everything, *map(sidecar, everything)])
+
+
+def test_a_file_that_is_there_under_the_new_name_stays(tmp_path):
+    old, new = Checkpoints(tmp_path, "a"), Checkpoints(tmp_path, "b")
+    save_checkpoint(old.best, {"state": {"step": 1}}, 1)
+    save_checkpoint(new.best, {"state": {"step": 2}}, 2)
+    new.take_over("a")
+    assert (valid_step(old.best), valid_step(new.best)) == (1, 2)

@@ -250,7 +250,9 @@ def test_a_truncated_checkpoint_given_by_path_and_a_run_that_is_not_there(newllm
 def test_a_checkpoint_of_another_vocabulary(newllm, text, trained):
     result = newllm("train", "quickstart", "--data", text, *TINY, "--name", "small", "--vocab-size", 20)
     assert result.exit_code == FAILED
-    assert "of a run with other settings: vocab_size 34 there, 20 here. Use another --name, or --fresh" in result.stderr
+    assert (
+        "of a run with other settings: vocab_size 34 there, 20 here. Give another name, or fresh=True" in result.stderr
+    )
 
 
 def test_without_a_network_one_message_names_the_ways_out(newllm, monkeypatch):
@@ -258,7 +260,7 @@ def test_without_a_network_one_message_names_the_ways_out(newllm, monkeypatch):
     monkeypatch.setattr("newllm_lib.text.corpus._hub_answers", lambda: False)
     result = newllm("train", "quickstart", "--data", "wikitext-2")
     assert result.exit_code == FAILED
-    assert "--data FOLDER (with train.txt and valid.txt) or --data builtin" in result.stderr
+    assert "set data (in the shell --data) to a folder with train.txt and valid.txt, or to builtin." in result.stderr
 
 
 # --- a real process -------------------------------------------------------------------------------------------------
@@ -296,7 +298,7 @@ def test_ctrl_c_in_a_shell_saves_says_how_to_continue_and_the_same_command_does(
     assert process.returncode == 1
     assert "stopping after this step, then saving" in errors
     (hint,) = [line for line in errors.splitlines() if line.startswith("interrupted")]
-    assert ".pt is saved, and this command continues it: newllm train quickstart --data" in hint
+    assert ".pt is saved; to go on: newllm train quickstart --data" in hint
     assert hint.endswith("--max-steps 4000 --epochs none")  # and no --fresh, which would start over
     assert "Traceback" not in errors
     step = json.loads((tmp_path / "results" / "p" / "run.json").read_text())["step"]

@@ -60,6 +60,11 @@ NAME_RULE = 'must be a plain folder name, without / \\ : * ? " < > | and not sta
         (RunConfig, {"name": "a/b"}, f"RunConfig.name = 'a/b': {NAME_RULE}"),
         (RunConfig, {"name": ".."}, f"RunConfig.name = '..': {NAME_RULE}"),
         (RunConfig, {"name": ""}, f"RunConfig.name = '': {NAME_RULE}"),
+        (
+            TrainConfig,
+            {"clip_by_epoch": 5},
+            "TrainConfig.clip_by_epoch = 5: must be pairs of numbers such as ((0, 0.5), (10, 1))",
+        ),
         (RunConfig, {"model": {}}, "RunConfig.model = {}: must be ModelConfig"),
     ],
 )

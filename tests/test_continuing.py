@@ -7,6 +7,8 @@ import pytest
 from tiny import tiny_config, write_text
 
 import newllm_lib as nl
+from newllm_lib import planning, runs
+from newllm_lib.planning import with_batch
 from newllm_lib.progress import Progress
 
 
@@ -126,3 +128,52 @@ def test_an_imported_run_is_not_taken_for_one_that_can_go_on(text, tmp_path):
     record = (run.folder / "run.json").read_text()
     (run.folder / "run.json").write_text(record.replace('"status": "finished"', '"status": "imported"'))
     assert nl.find_run(results_dir=tmp_path / "results") is None
+
+
+def test_a_run_is_found_by_its_name_here_and_in_the_copy(text, tmp_path):
+    results, drive = tmp_path / "results", tmp_path / "drive"
+    drive.mkdir()
+    here = trained(text, tmp_path, name="with-fifteen-letters", max_steps=1)  # as an id of Google Drive may look
+    there = trained(text, tmp_path, name="only-on-the-drive", max_steps=1, mirror_dir=str(drive))
+    shutil.rmtree(there.folder)
+    for place in ("with-fifteen-letters", here.folder):
+        assert nl.find_run(place, results_dir=results, mirror_dir=drive).folder == here.folder
+    for place in ("only-on-the-drive", drive / "only-on-the-drive"):
+        found = nl.find_run(place, results_dir=results, mirror_dir=drive, tell=lambda text: None)
+        assert (found.folder, found.record["step"]) == (there.folder, 1)
+        shutil.rmtree(there.folder)
+    with pytest.raises(ValueError, match="'nowhere': must be a file on this machine, the id of a file"):
+        nl.find_run("nowhere", results_dir=results, mirror_dir=drive)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_copy_does_not_replace_another_run_of_its_name(text, tmp_path, record):
+    drive, results = tmp_path / "drive", tmp_path / "results"
+    drive.mkdir()
+    copied = trained(text, tmp_path, name="r", seed=1, mirror_dir=str(drive))
+    shutil.rmtree(copied.folder)
+    other = trained(text, tmp_path, name="r", seed=2, max_steps=1, epochs=None)  # less far, so that it would be brought
+    if not record:
+        (other.folder / "run.json").unlink()
+    before = {path: path.read_bytes() for path in other.folder.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="r: is there already, and is another run"):
+        nl.find_run("" if not record else drive / "r", results_dir=results, mirror_dir=drive)
+    assert {path: path.read_bytes() for path in other.folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("asked", [{"batch_size": None}, {"batch_policy": "fast"}])
+def test_epochs_are_counted_with_the_batch_that_the_run_has(text, tmp_path, monkeypatch, asked):
+    def settled(setup, decided, report):
+        found = "batch_size" in decided or setup.requested.train.batch_policy == "recipe"
+        return setup if found else with_batch(setup, 4)
+
+    monkeypatch.setattr(runs, "settle_batch", settled)
+    monkeypatch.setattr(planning, "default_batch_size", lambda machine: 4)
+    run = trained(text, tmp_path, lr_schedule="cosine", **asked)
+    assert run.config.train.batch_size == 4
+    steps = run.record["step"] // 2
+    monkeypatch.setattr(planning, "default_batch_size", lambda machine: 16)  # on another machine
+    config = nl.extended(run, epochs=3)
+    assert config.train.decay_steps == 3 * steps
+    longer = nl.train(config, progress=Progress())
+    assert (longer.folder, longer.record["step"], longer.config.train.batch_size) == (run.folder, 3 * steps, 4)

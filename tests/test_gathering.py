@@ -58,9 +58,28 @@ def test_what_is_named_must_be_a_run(here):
         nl.gather("odd.zip")
     with pytest.raises(FileNotFoundError, match="results/three: no run's folder and no bundle"):
         nl.gather(["results/one", "results/three"])
-    Path("results/two/history.csv").write_text("changed\n")  # the folder and the bundle now differ
-    with pytest.raises(FileExistsError, match=r"results/two.*history.csv"):
-        nl.gather("two.zip")
+
+
+def test_a_bundle_whose_name_is_taken_gets_a_free_one(here):
+    record = Path("results/two/report.md")
+    record.write_text("changed\n")  # the folder and the bundle now differ
+    Path("results/two-2").mkdir()  # taken as well
+    for _ in range(2):  # the second time it is there already
+        said = []
+        assert names(nl.gather(["results/two", "two.zip"], report=said.append)) == ["results/two", "results/two-3"]
+        assert len(said) == 1
+        assert said[0].startswith("two.zip: opened as results/two-3, because results/two: is there already, with anoth")
+    assert record.read_text() == "changed\n"
+
+
+def test_a_run_and_its_copy_count_once_as_the_one_that_is_further(here):
+    shutil.copytree("results", "drive")
+    assert names(nl.gather(["results/*", "drive/*"])) == ["results/one", "results/two"]
+    behind = nl.load("results/one").record
+    Path("results/one/run.json").write_text(json.dumps(behind | {"step": behind["step"] - 1}))
+    assert names(nl.gather(["results/*", "drive/*"])) == ["drive/one", "results/two"]
+    Path("drive/two/run.json").write_text(json.dumps(nl.load("drive/two").record | {"identity": "another"}))
+    assert names(nl.gather(["results/*", "drive/*"])) == ["drive/one", "results/two", "drive/two"]
 
 
 def test_the_same_prompts_by_every_model(here):

@@ -605,7 +605,7 @@ def test_text_that_cannot_be_had_is_told_as_anywhere(tmp_path, old, monkeypatch)
 
     monkeypatch.setattr("newllm_lib.text.corpus._hub_answers", lambda: False)
     monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(ConnectionError, match=r"data wikitext-2: cannot be loaded .* or use text that is here"):
+    with pytest.raises(ConnectionError, match=r"data wikitext-2: cannot be loaded .* or set data"):
         import_run(old, results_dir=tmp_path / "results")
     assert not (tmp_path / "results").exists()
 

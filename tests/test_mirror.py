@@ -401,7 +401,7 @@ def test_the_copy_of_another_run_is_refused_and_nothing_changes(run, copy, drive
     before, there = contents(run), contents(drive)
     (run / "checkpoints" / "r_step_6.pt").unlink()
     before.pop("checkpoints/r_step_6.pt")
-    with pytest.raises(CheckpointError, match=r"identity aaaaaaaaaaaa, here bbbbbbbbbbbb.*Use another --name or --mir"):
+    with pytest.raises(CheckpointError, match=r"identity aaaaaaaaaaaa, here bbbbbbbbbbbb.*Give another name or mir"):
         restored(drive, run, OTHER)
     assert (contents(run), contents(drive)) == (before, there)
 
@@ -568,6 +568,14 @@ def settled(mirror):
     return mirror.safety()
 
 
+def waited(happened):
+    """Whether something came to happen within some seconds."""
+    ends = time.monotonic() + 20
+    while not happened() and time.monotonic() < ends:
+        time.sleep(0.01)
+    return happened()
+
+
 def test_safety_says_where_the_work_is(run, drive):
     now = [10_000.0]
     copier = Mirror(run, drive, IDENTITY, pause=0, clock=lambda: now[0])
@@ -605,6 +613,40 @@ def test_an_empty_mount_point_is_not_taken_for_the_drive(run, drive):
     assert "the copy is gone (is the drive still mounted?)" in settled(copier).text
     assert list(drive.iterdir()) == []
     copier.close()
+
+
+def test_a_copy_that_failed_is_tried_again_without_being_asked_for(run, drive):
+    copier = Mirror(run, drive, IDENTITY, pause=0, retry=0.05)
+    drive.rename(drive.with_name("unplugged"))
+    copier.request()
+    assert settled(copier).kind == "ENOENT"
+    drive.with_name("unplugged").rename(drive)
+    assert waited(lambda: copier.safety().kind == "synced")
+    assert (drive / "r" / MANIFEST).is_file()
+    assert copier.close().safe
+
+
+def test_the_end_of_a_drive_that_stays_away_is_one_more_attempt(run, drive, monkeypatch):
+    attempts, attempt = [], Mirror._try
+    monkeypatch.setattr(Mirror, "_try", lambda self: attempts.append(1) or attempt(self))
+    copier = Mirror(run, drive, IDENTITY, pause=0, retry=10_000)
+    drive.rmdir()
+    copier.request()
+    assert settled(copier).kind == "ENOENT"
+    assert copier.close().kind == "ENOENT"
+    assert len(attempts) == 2
+
+
+def test_a_slow_end_is_announced(run, drive, monkeypatch):
+    monkeypatch.setattr(mirror, "_PATIENCE_SECONDS", 0.0)
+    release, told = hang(drive), []
+    copier = Mirror(run, drive, IDENTITY)
+    threading.Timer(0.3, release).start()
+    copier.close(told.append)
+    assert told == [
+        f"copying the last state to {drive / 'r'} …",
+        f"copy in {drive / 'r'}: complete and verified (step 6)",
+    ]
 
 
 def test_a_drive_that_is_never_there_leaves_the_work_on_this_machine(run, drive):

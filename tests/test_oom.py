@@ -98,7 +98,7 @@ def test_in_any_wording_the_run_becomes_the_one_of_half_the_micro_batch(text, tm
         [],
         [
             "warning: memory ran out in training: the batch of 8 stays as it is, computed 4 sequences at a time; "
-            "--micro-batch-size 4 begins that way"
+            "micro_batch_size = 4 begins that way"
         ],
     )
 
@@ -117,7 +117,7 @@ def test_from_any_micro_batch_it_halves_as_often_as_it_must(text, tmp_path, chan
     found, messages = trained(with_engine(setup, small_memory(fits)), tmp_path / "a")
     expected, _ = trained(tiny_setup(text, **SHORT | changes, micro_batch_size=said[-1]), tmp_path / "b")
     assert same(result_of(found), result_of(expected))
-    assert [text.rsplit("--micro-batch-size ")[1].split()[0] for text in messages] == [str(rows) for rows in said]
+    assert [text.rsplit("micro_batch_size = ")[1].split()[0] for text in messages] == [str(rows) for rows in said]
 
 
 @pytest.mark.parametrize("engine", ["reference", "fused"])
@@ -297,7 +297,7 @@ def test_one_sequence_that_does_not_fit_is_a_clear_error(text, tmp_path):
     assert str(caught.value).startswith(
         "training: memory ran out with one sequence at a time (CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 "
         "has a total capacity of). Less is needed by a smaller model (hidden_dim, num_layers, vocab_size) and by a "
-        "shorter sequence_length. At most 0."
+        "shorter sequence_length. At most "
     )
     assert "GiB were in use, of " in str(caught.value)
     assert len(said.messages) == 3  # 4, 2, 1
@@ -313,7 +313,7 @@ def test_a_run_that_does_not_fit_says_where_it_stopped_and_nothing_of_rates(text
     config = tiny_config(text, results_dir=str(tmp_path), name="big")
     with pytest.raises(TrainingError, match=r"Stopped at step 0; there is no checkpoint yet$") as caught:
         nl.train(config, progress=Progress())
-    assert "--lr" not in str(caught.value)
+    assert "lower lr" not in str(caught.value)
     assert nl.load(tmp_path / "big").record["status"] == "failed"
 
 
@@ -404,7 +404,7 @@ def test_validation_goes_on_in_smaller_parts_and_says_so_once(text, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert ours[1:] == theirs[1:]
     assert same(dict(found.model.state_dict()), dict(expected.model.state_dict()))
-    assert [text.rsplit("--eval-batch-size ")[1] for text in messages] == ["8 begins that way", "4 begins that way"]
+    assert [text.rsplit("eval_batch_size = ")[1] for text in messages] == ["8 begins that way", "4 begins that way"]
     assert messages[0].startswith(
         "warning: memory ran out in validation: what is scored stays as it is, computed 8 seq"
     )

@@ -1,7 +1,9 @@
 """The panel of settings: every field in it, no value bent, a plan that follows, refusals in the words of training."""
 
+import gc
 import math
 import re
+import weakref
 from html import escape, unescape
 
 import ipywidgets
@@ -15,6 +17,7 @@ from tiny import RECIPE, SHAPE, StopAt, tiny_config, write_text
 import newllm_lib as nl
 from newllm_lib import presets, runs
 from newllm_lib.config import flat_fields
+from newllm_lib.earlier import run_folder
 from newllm_lib.notation import shown
 from newllm_lib.notebook import panel as room
 from newllm_lib.notebook import panel_plan
@@ -23,6 +26,7 @@ from newllm_lib.notebook.panel_fields import BLUE, RED, SLIDERS, label_of
 from newllm_lib.planning import Speed, make_setup, plan_lines
 from newllm_lib.progress import Progress
 from newllm_lib.settings import allowed_types
+from newllm_lib.text.prepare import Prepared
 
 FIELDS = flat_fields()
 TOOLTIP = "tooltip" if ipywidgets.__version__ > "8" else "description_tooltip"
@@ -360,7 +364,7 @@ def test_the_plan_of_a_tiny_run(tiny):
 def test_the_plan_is_that_of_training(tiny):
     setup = make_setup(tiny.config)
     plan = plan_of(tiny)
-    for name, line in plan_lines(setup, str(runs.run_folder(setup))):
+    for name, line in plan_lines(setup, str(run_folder(setup))):
         assert f"{name} {line}" in plan
 
 
@@ -414,6 +418,28 @@ def test_splits_are_laid_out_once_and_are_those_of_training(tiny):
         assert tiny._plan.setup.validation_split.digest == alone.validation_split.digest
 
 
+def test_the_streams_of_all_batches_share_what_tells_the_largest(tiny, monkeypatch):
+    tiny.set(layout="stream")
+    repr(tiny)
+    made, split = [], Prepared.split
+    monkeypatch.setattr(
+        Prepared, "split", lambda self, name, lanes=None: made.append(lanes) or split(self, name, lanes)
+    )
+    tiny.set(batch_policy="fast", batch_size=3)
+    tiny.set(batch_size=4)
+    assert made == [1, 3, 4]
+
+
+def test_training_does_not_share_the_memory_with_the_panel(tiny):
+    repr(tiny)
+    laid_out = weakref.ref(tiny._plan.setup.train_split.ids)
+    assert laid_out() is not None
+    assert tiny.config is not None  # as training reads it
+    gc.collect()
+    assert laid_out() is None
+    assert "1,296 parameters" in repr(tiny)  # and is laid out anew
+
+
 def test_minutes_come_from_the_measured_rate(tiny, monkeypatch):
     asked = []
 
@@ -441,6 +467,9 @@ def test_what_should_be_known_before_is_said(text):
     assert re.search(r"about [\d.]+ GiB are needed, and this machine has [\d.]+ GiB", plan)
     panel.set(batch_policy="fast", hidden_dim=64)
     assert "batch_policy fast finds the batch when training starts" in plan_of(panel)
+    assert "with a larger batch the same steps read more text" not in plan_of(panel)
+    panel.set(max_steps=100)
+    assert "max_steps = 100 counts steps: with a larger batch the same steps read more text" in plan_of(panel)
     assert "GiB are needed" not in plan_of(panel)
 
 
@@ -610,7 +639,7 @@ def test_a_rate_that_has_decayed_is_refused_in_the_words_of_training(tiny):
     assert ": already finished" in repr(tiny)
     tiny.set(epochs=3)
     words = training_says(tiny)
-    assert "decays to its end at step 16, so going on to step 24 needs a new end: --decay-steps 24" in words
+    assert "decays to its end at step 16, so going on to step 24 needs a new end: decay_steps = 24" in words
     assert repr(tiny).endswith(f"\nrefused: {words}")
     tiny.set(decay_steps=24)
     assert ": continues at step 16 of 24" in repr(tiny)

@@ -82,7 +82,8 @@ def test_a_batch_that_was_found_is_recorded_and_never_sought_again(config, monke
     plan = dict(record["plan"])
     assert plan["batch"].startswith("62 sequences, about ")
     assert plan["batch"].endswith(
-        "; fill (the recipe has 8): the largest that was tried and fits; all that the data have"
+        "; fill (the recipe has 8): the largest that was tried and fits; all that the data have; "
+        "max_steps = 1 counts steps, so 7.75 times as much text is read"
     )
     assert plan["rate"].startswith("0.00278: 0.001 at batch 8, sqrt rule to batch 62")  # 0.001 x (62 / 8) ** 0.5
     assert "measured here for this very configuration" in plan["time"]
@@ -171,8 +172,9 @@ def test_a_recipe_is_taken_in_pieces_where_memory_is_short(text, monkeypatch):
         told = f", {rows} at a time; all at once would take about 0.1 GiB, and there is room for "
         assert (told in line) == (rows is not None)
     with_memory(monkeypatch, 1)
-    for decided in ({"micro_batch_size": None}, {"micro_batch_size": 20}):  # as this run began
-        assert settle_batch(setup, decided, lambda text: None) is setup
+    assert settle_batch(setup, {"micro_batch_size": 20}, lambda text: None) is setup  # as this run began
+    settled = settle_batch(setup, {"micro_batch_size": None}, lambda text: None)  # with more memory than is here now
+    assert settled.config.train.micro_batch_size == 1
     asked = tiny_setup(text, batch_size=60, micro_batch_size=25)
     assert settle_batch(asked, {}, lambda text: None) is asked
 

@@ -262,7 +262,8 @@ def synthetic(monkeypatch, speed_of, memory_of_size, limit):
         if memory_of_size(size) > 2 * limit:
             return Try(batch_size=size, micro_batch_size=None, outcome=OUT_OF_MEMORY)
         outcome = RAN if memory_of_size(size) <= limit_bytes else ABOVE_LIMIT
-        facts = {"tokens_per_second": speed_of(size), "step_seconds": 1.0, "peak_bytes": memory_of_size(size)}
+        facts = {"tokens_per_second": speed_of(size), "peak_bytes": memory_of_size(size)}
+        facts |= {"step_seconds": 1.0, "full_seconds": 1.0}
         return Try(batch_size=size, micro_batch_size=None, outcome=outcome, **facts)
 
     monkeypatch.setattr(search, "run_try", run)

@@ -16,6 +16,7 @@ from newllm_lib import planning, published, recorder, report, runs
 from newllm_lib.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from newllm_lib.hardware import Machine
 from newllm_lib.progress import Progress
+from newllm_lib.recorder import Recorder
 
 
 class Quiet(Progress):
@@ -151,6 +152,54 @@ def test_the_same_text_in_another_place_is_the_same_run(config, text, tmp_path):
     assert again.folder == first.folder
 
 
+def test_the_decisions_of_another_run_of_that_name_are_not_taken_over(config, text):
+    """Neither where it has saved nothing, and is replaced, nor where it has, and is refused for what differs."""
+    run = nl.train(config.replace(name="other", epochs=None, max_steps=1), progress=Quiet())
+    record = json.loads((run.folder / "run.json").read_text())
+    record["decided"] |= {"batch_size": 1000, "micro_batch_size": 3, "precision": "fp16"}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    changed = config.replace(name="other", seed=7)
+    with pytest.raises(CheckpointError, match="of a run with other settings: seed 42 there, 7 here"):
+        nl.train(changed, progress=Quiet())
+    assert nl.plan(changed)[0].config.train.batch_size == config.train.batch_size
+    shutil.rmtree(run.folder / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"the checkpoints of this run are gone \(it was at step 1\)"):
+        nl.train(changed, progress=Quiet())
+    (run.folder / "run.json").write_text(json.dumps(record | {"best": None}))
+    found = nl.train(changed, progress=Quiet())
+    assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (config.train.batch_size, None)
+    assert found.record["decided"]["precision"] == "fp32"
+
+
+def test_a_run_whose_folder_was_renamed_goes_on_with_its_best(config):
+    run = nl.train(config.replace(name="a"), progress=Quiet())
+    before = {path.name for path in (run.folder / "checkpoints").iterdir()}
+    run.folder.rename(run.folder.with_name("a_b"))
+    moved = nl.load(run.folder.with_name("a_b"))
+    longer = nl.train(nl.extended(moved, epochs=3, min_delta=99, patience=None), progress=Quiet())
+    names = {path.name for path in (longer.folder / "checkpoints").iterdir()}
+    assert {"best_a.pt", "a_final.pt", "a_final.pt.json"} <= before
+    assert {"best_a_b.pt", "best_a_b.pt.json", "a_b_final.pt", "a_b_final.pt.json"} <= names
+    assert not [name for name in names if not name.startswith(("a_b_", "best_a_b."))]
+    assert longer.record["run"] == "a_b"
+    whole = nl.train(config.replace(name="whole", epochs=3, min_delta=99, patience=None), progress=Quiet())
+    assert longer.best["val_loss"] == whole.best["val_loss"]
+
+
+def test_the_copy_is_finished_even_where_the_report_cannot_be_written(config, tmp_path, monkeypatch):
+    (tmp_path / "drive").mkdir()
+
+    def full(self, status, write=Recorder.write):
+        if status != "running":
+            raise OSError(28, "No space left on device")
+        write(self, status)
+
+    monkeypatch.setattr(Recorder, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        nl.train(config, name="r", mirror_dir=str(tmp_path / "drive"), progress=Quiet())
+    assert list((tmp_path / "drive" / "r" / "checkpoints").glob("*_final.pt"))
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(config):
     run = nl.train(config, checkpoint_every_epochs=1, progress=Quiet())
     final = run.folder / "checkpoints" / f"{run.folder.name}_final.pt"
@@ -178,10 +227,13 @@ def _of_a_later_version(checkpoints):
     [
         (
             _cut_all,
-            r"results/done/checkpoints: none of its checkpoints can be read; --fresh keeps them and starts over",
+            r"results/done/checkpoints: none of its checkpoints can be read; fresh=True .in the shell --fresh. keep",
         ),
         (_of_a_later_version, r"done_final\.pt: format version 2, this library reads up to 1; upgrade it"),
-        (shutil.rmtree, r"the checkpoints of this run are gone \(it was at step 16\); --fresh keeps what is left"),
+        (
+            shutil.rmtree,
+            r"the checkpoints of this run are gone \(it was at step 16\); fresh=True .in the shell --fresh. keeps",
+        ),
     ],
     ids=["unreadable", "newer", "deleted"],
 )

@@ -61,7 +61,7 @@ def test_weights_beyond_fp16_are_named(tmp_path):
     with torch.no_grad():
         model.layers[1].weight[0, 0] = 1e6
     export_model(tmp_path / "big", model, WordTokenizer(["a", "b"]))
-    with pytest.raises(ValueError, match=r"layers.1.weight holds 1e\+06: FP16 ends at 65504; export without --half"):
+    with pytest.raises(ValueError, match=r"layers.1.weight holds 1e\+06: FP16 ends at 65504; export without half"):
         export(tmp_path / "big", tmp_path / "half", half=True)
     assert not (tmp_path / "half").exists()
 
@@ -143,7 +143,7 @@ def test_opening_twice_is_harmless_and_another_run_is_never_replaced(run, tmp_pa
     open_bundle(path, tmp_path / "r")
     assert open_bundle(path, tmp_path / "r").folder == tmp_path / "r" / "small"
     (tmp_path / "r" / "small" / "report.md").write_text("changed")
-    with pytest.raises(FileExistsError, match=r"small: is there already, with another report.md; give another --name"):
+    with pytest.raises(FileExistsError, match=r"small: is there already, with another report.md; give another name"):
         open_bundle(path, tmp_path / "r")
     assert open_bundle(path, tmp_path / "r", name="other").folder == tmp_path / "r" / "other"
 

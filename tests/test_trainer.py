@@ -389,7 +389,7 @@ def test_extending_a_decaying_run_needs_a_new_end(text, tmp_path):
     cosine = {"lr_schedule": "cosine", "validate_every_steps": 100}
     tiny_trainer(tiny_setup(text, **cosine), tmp_path).fit()
     total = tiny_setup(text, epochs=3, **cosine).total_steps
-    with pytest.raises(CheckpointError, match=rf"going on to step {total} needs a new end: --decay-steps {total}"):
+    with pytest.raises(CheckpointError, match=rf"going on to step {total} needs a new end: decay_steps = {total}"):
         continued_trainer(tiny_setup(text, epochs=3, **cosine), tmp_path)
     longer = continued_trainer(tiny_setup(text, epochs=3, decay_steps=total, **cosine), tmp_path)
     assert longer.fit() == "finished"

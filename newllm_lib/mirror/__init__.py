@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ PAUSE_SECONDS = 60.0
 """Between the starts of two copies while a run trains: a drive may keep every replaced file in its bin for weeks."""
 STALL_SECONDS = 60.0
 """Without a piece of a file copied, after which a drive counts as hanging."""
+_PATIENCE_SECONDS = 1.0
+"""After which the user is told what is waited for."""
 _ATTEMPTS = 3
 """For files that are replaced just while they are copied."""
 
@@ -65,9 +68,13 @@ class Mirror:
         identity: str,
         *,
         pause: float = PAUSE_SECONDS,
+        retry: float = PAUSE_SECONDS,
         clock: Callable[[], float] = time.time,
     ):
-        """ValueError when `mirror_dir` is no folder, or the one that holds the run. clock: seconds since 1970."""
+        """ValueError when `mirror_dir` is no folder, or the one that holds the run.
+
+        pause, retry: seconds between copies, and after one that failed. clock: seconds since 1970.
+        """
         if not Path(mirror_dir).is_dir():  # never made here: under a drive that is not mounted it would be no copy
             raise ValueError(
                 f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be a folder that exists; make it, or mount its drive"
@@ -76,11 +83,12 @@ class Mirror:
             raise ValueError(f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be another folder than results_dir")
         self.place = Path(mirror_dir) / folder.name
         self._copy = RunCopy(folder, self.place, identity, self._alive, clock)
-        self._pause, self._clock = pause, clock
+        self._pause, self._retry, self._clock = pause, retry, clock
         self._changed = threading.Condition()  # guards what follows
         self._thread: threading.Thread | None = None
         self._wanted = self._copying = self._closing = self._abandoned = False
         self._alive_at = 0.0
+        self._not_before, self._again_at = -math.inf, math.inf  # for a copy that is wanted, and one after a failure
         self._synced: tuple[float, int] | None = None  # when, and which step
         self._problem: _Problem | None = None
 
@@ -108,9 +116,11 @@ class Mirror:
         with self._changed:
             self._closing, self._alive_at = True, time.monotonic()
             self.request()
-        with contextlib.suppress(KeyboardInterrupt), self._changed:
-            while self._pending() and time.monotonic() - self._alive_at < stall:
-                self._changed.wait(0.2)
+        with contextlib.suppress(KeyboardInterrupt):
+            self._wait(_PATIENCE_SECONDS, stall)
+            if self._pending():
+                tell(f"copying the last state to {self.place} …")
+                self._wait(math.inf, stall)
         with self._changed:
             if self._pending():
                 self._abandoned = True
@@ -118,6 +128,13 @@ class Mirror:
         safety = self.safety()
         tell(f"{'' if safety.safe else 'warning: '}copy in {self.place}: {safety.text}")
         return safety
+
+    def _wait(self, seconds: float, stall: float) -> None:
+        """Until nothing is left to copy, for so long, or until nothing moves any more."""
+        ends = time.monotonic() + seconds
+        with self._changed:
+            while self._pending() and time.monotonic() < ends and time.monotonic() - self._alive_at < stall:
+                self._changed.wait(0.2)
 
     def _pending(self) -> bool:
         return self._wanted or self._copying
@@ -149,22 +166,28 @@ class Mirror:
 
     def _work(self) -> None:
         """One copy after another, until closed."""
-        next_start = time.monotonic()
         while True:
             with self._changed:
-                while not self._wanted or (not self._closing and time.monotonic() < next_start):
+                while (left := self._next_start() - time.monotonic()) > 0:
                     if self._closing:
                         return
-                    self._changed.wait(max(0.0, next_start - time.monotonic()) if self._wanted else None)
+                    self._changed.wait(left if left < math.inf else None)
                 self._wanted, self._copying, self._alive_at = False, True, time.monotonic()
-                next_start = self._alive_at + self._pause
+                self._not_before = self._alive_at + self._pause
             problem, synced = self._try()
             with self._changed:
                 self._copying = False
                 self._synced = synced or self._synced
                 if not self._abandoned:
                     self._problem = problem
+                self._again_at = time.monotonic() + self._retry if problem else math.inf  # it may be back by then
                 self._changed.notify_all()
+
+    def _next_start(self) -> float:
+        """When a copy is due, by the monotonic clock; infinity while none is."""
+        if self._wanted:
+            return -math.inf if self._closing else min(self._not_before, self._again_at)
+        return math.inf if self._closing else self._again_at
 
     def _try(self) -> tuple[_Problem | None, tuple[float, int] | None]:
         """One copy: what went wrong with it, which never ends a training, or when it was made and of which step."""

@@ -83,7 +83,7 @@ class RunCopy:
         if here < 0 and newest < 0:
             raise CheckpointError(
                 f"{self.place}: a copy of this run, but none of its checkpoints can be read; to start over, move it "
-                "away, or use --fresh, which keeps it under another name"
+                "away, or use fresh=True (in the shell --fresh), which keeps it under another name"
             )
         if newest <= here:
             return None
@@ -91,7 +91,7 @@ class RunCopy:
         for name, entry in valid:  # the newest last: after a stop in between it is missing, and all is done again
             current = current_entry(self.folder / name)
             if current is None or current["sha256"] != entry["sha256"] or valid_step(self.folder / name) < 0:
-                copy_checkpoint(self.place / name, self.folder / name, entry)
+                copy_checkpoint(self.place / name, self.folder / name, entry, self._alive)
         return manifest.get("time", self._clock()), newest
 
     def _read_manifest(self, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -131,8 +131,8 @@ class RunCopy:
         if found not in (None, self.identity):
             raise CheckpointError(
                 f"{self.place}: the copy of a run with other settings or other data (identity {found[:12]}, here "
-                f"{self.identity[:12]}). Use another --name or --mirror-dir; or --fresh, which keeps it under another "
-                "name"
+                f"{self.identity[:12]}). Give another name or mirror_dir; or fresh=True (in the shell --fresh), "
+                "which keeps it under another name"
             )
 
     def _verified(self, there: dict[str, list[Entry]], tell: Callable[[str], None]) -> list[tuple[str, Entry]]:
@@ -142,7 +142,7 @@ class RunCopy:
             if self._never_written(name, entries):
                 continue
             try:
-                entry = verified_entry(self.place / name, entries)
+                entry = verified_entry(self.place / name, entries, self._alive)
             except CheckpointError as error:
                 tell(f"warning: {error}; passed over")
                 continue
@@ -161,7 +161,7 @@ class RunCopy:
             if name.endswith(".pt") or self._never_written(name, entries):
                 continue
             try:
-                digest = sha256_of(self.place / name)
+                digest = sha256_of(self.place / name, self._alive)
             except OSError as error:
                 tell(f"warning: {self.place / name}: cannot be read ({error.strerror}); passed over")
                 continue
@@ -169,7 +169,7 @@ class RunCopy:
                 tell(f"warning: {self.place / name}: damaged: its sha256 is not the recorded one; passed over")
                 continue
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_atomic(self.place / name, self.folder / name, digest)
+            copy_atomic(self.place / name, self.folder / name, digest, self._alive)
 
     # --- bringing the copy up to date ---------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class RunCopy:
                 entry = {"sha256": sha256_of(source, self._alive), "bytes": before.st_size}
                 return None if self._is_there(name, entry) else entry
             recorded = current_entry(source)
-            return None if recorded and self._is_there(name, recorded) else verified_entry(source)
+            return None if recorded and self._is_there(name, recorded) else verified_entry(source, alive=self._alive)
         except FileNotFoundError as error:
             raise ChangedError(f"{source}: was removed before it was copied") from error
         except CheckpointError as error:

@@ -90,6 +90,8 @@ class Panel:
         """The run that the widgets describe now; ValueError, in the words shown in red, where it cannot be."""
         self._planner.forget_failure()
         self.refresh()
+        self._plan = None
+        self._planner.release()
         if self._problem:
             raise ValueError(self._problem)
         return self._config

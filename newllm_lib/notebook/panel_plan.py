@@ -11,13 +11,13 @@ from typing import Any
 from newllm_lib import presets
 from newllm_lib.checkpoint import Checkpoints
 from newllm_lib.config import RunConfig
+from newllm_lib.earlier import checkpoints_gone, decisions, earlier_record, run_folder
 from newllm_lib.mirror import Mirror
 from newllm_lib.notebook.panel_fields import ORANGE, PILL, RED
 from newllm_lib.notebook.progress import LINE, MONOSPACE
 from newllm_lib.planning import Speed, make_setup, memory_estimate_bytes, plan_lines, unfaithful_reason
 from newllm_lib.probe import estimate_speed, free_memory_bytes, settle_batch
 from newllm_lib.report import duration
-from newllm_lib.runs import checkpoints_gone, earlier_record, run_folder
 from newllm_lib.text.prepare import Prepared, Split, prepare, text_settings
 from newllm_lib.trainer import Setup, difference, needs_new_end
 
@@ -26,8 +26,8 @@ from newllm_lib.trainer import Setup, difference, needs_new_end
 class Kept(Prepared):
     """A text whose splits are laid out once, for as long as nothing that shapes them changes."""
 
-    splits: dict[str, tuple[tuple, Split]] = field(default_factory=dict)
-    """The newest of each name, and what shaped it."""
+    splits: dict[tuple[str, bool], tuple[tuple, Split]] = field(default_factory=dict)
+    """The newest of each name and whether in one lane, and what shaped it."""
 
     def split(self, name: str, lanes: int | None = None) -> Split:
         """As `Prepared.split`."""
@@ -35,9 +35,10 @@ class Kept(Prepared):
         shape = (data.layout, data.sequence_length, data.stride, data.min_words)
         if data.layout == "stream":
             shape = (data.layout, data.sequence_length, lanes or data.eval_lanes)
-        if self.splits.get(name, ((), None))[0] != shape:
-            self.splits[name] = shape, super().split(name, lanes)
-        return self.splits[name][1]
+        slot = name, lanes == 1  # a stream in one lane tells the largest batch
+        if self.splits.get(slot, ((), None))[0] != shape:
+            self.splits[slot] = shape, super().split(name, lanes)
+        return self.splits[slot][1]
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,27 @@ class Planner:
         """Try again to read a text that could not be read."""
         self._failed = None
 
+    def release(self) -> None:
+        """Let go of the laid-out splits, which training lays out for itself."""
+        if self._text:
+            self._text.splits.clear()
+
     def plan(self, config: RunConfig, measure: bool = False) -> Plan:
         """Every decision of a run; ValueError or OSError where training would raise it, in the same words."""
         text = self._read(config)
         setup = make_setup(config, prepared=text)
-        folder, record, stop = run_folder(setup), {}, ""
+        folder, record, decided, stop = run_folder(setup), {}, {}, ""
         copy = Mirror(folder, config.mirror_dir, setup.identity).place if config.mirror_dir else None
         try:
-            record = earlier_record(folder)
+            record = earlier_record(folder, setup.identity)
             stop = refusal_of(setup, folder, record)
             if not record and copy:
-                record = earlier_record(copy)  # which training brings back
-            setup = make_setup(config, record["decided"], text) if record else setup
+                record = earlier_record(copy, setup.identity)  # which training brings back
+            decided = decisions(record, setup.identity)
+            setup = make_setup(config, decided, text) if decided else setup
         except ValueError as error:  # of that run: another folder would do
             stop = str(error)
-        setup = _in_pieces(setup, record.get("decided", {}))
+        setup = _in_pieces(setup, decided)
         return Plan(setup, folder, record, stop, estimate_speed(setup, measure=measure))
 
     def _read(self, config: RunConfig) -> Kept:
@@ -116,12 +123,12 @@ def _in_pieces(setup: Setup, decided: dict[str, Any]) -> Setup:
 
 def refusal_of(setup: Setup, folder: Path, record: dict[str, Any]) -> str:
     """Why a run cannot go on from what its folder holds, in the words of `train`; '' where it can."""
-    if not record.get("step"):
+    if not record:
         return ""
     checkpoints = Checkpoints(folder / "checkpoints", folder.name)
     newest = next(iter(checkpoints.files()), None)
     if newest is None:
-        return checkpoints_gone(checkpoints.folder, record["step"])
+        return checkpoints_gone(checkpoints.folder, record["step"]) if record["best"] else ""
     if record["identity"] != setup.identity:
         return f"{newest}: {difference(record | {'data_fingerprint': record['data']['fingerprint']}, setup)}"
     train, end = setup.config.train, record.get("decay_steps")
@@ -162,6 +169,8 @@ def warnings_of(plan: Plan) -> list[str]:
     if setup.config.train.batch_policy != "recipe" and "batch_size" not in plan.record.get("decided", {}):
         policy = setup.config.train.batch_policy
         found.append(f"batch_policy {policy} finds the batch when training starts; this plan is that of the recipe's")
+        if steps := setup.config.train.max_steps:
+            found.append(f"max_steps = {steps} counts steps: with a larger batch the same steps read more text")
     if setup.config.preset in presets.FAITHFUL and (reason := unfaithful_reason(setup)):
         found.append(f"not faithful to the published run: {reason}")
     return found

@@ -22,7 +22,9 @@ from newllm_lib.recurrence.products import Product
 from newllm_lib.recurrence.selfcheck import choose_engine
 
 _SECONDS = 0.5
-"""How long each product rate is measured."""
+"""How long each product rate is measured, about."""
+_ENTRIES, _REPEATS = 5, 20
+"""A median of so many entries at least, of so many products each at most: fewer where one takes long."""
 _WIDTH = 512
 """Hidden width of the baseline model: the shape of most of its products."""
 
@@ -64,18 +66,24 @@ def product_rate(machine: Machine, precision: str, rows: int) -> float:
     kind = {"dtype": Precision(precision, "measured").dtype, "device": machine.device}
     generator = torch.Generator(machine.device).manual_seed(0)
     weight, x = (torch.randn(count, _WIDTH, generator=generator, **kind) for count in (_WIDTH, rows))
+
+    def seconds(repeats: int) -> float:
+        wait(machine)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            product(x)
+        wait(machine)
+        return time.perf_counter() - started
+
     with cpu_threads(machine.threads), torch.no_grad():
         product = Product(weight, rows=rows)
-        product(x)
+        seconds(1)  # pays for kernels and memory
+        fitting = _SECONDS / _ENTRIES / max(seconds(1), 1e-9)
+        repeats = max(1, min(_REPEATS, int(fitting)))
         taken: list[float] = []
-        while sum(taken) < _SECONDS or len(taken) < 5:
-            wait(machine)
-            started = time.perf_counter()
-            for _ in range(20):
-                product(x)
-            wait(machine)
-            taken.append((time.perf_counter() - started) / 20)
-    return 2 * rows * _WIDTH * _WIDTH / statistics.median(taken)
+        while sum(taken) < _SECONDS or len(taken) < _ENTRIES:
+            taken.append(seconds(repeats))
+    return 2 * rows * _WIDTH * _WIDTH * repeats / statistics.median(taken)
 
 
 def wait(machine: Machine) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from pathlib import Path
 
 import torch
 
+from newllm_lib.buffers import BUFFERS
 from newllm_lib.hardware import Machine, reset_peak_memory
 
 _CONTROL_GROUPS = (
@@ -73,33 +75,53 @@ class GPUMemory:
 
 
 class ProcessMemory:
-    """Counts by how much the resident memory of this process grew since this object was made."""
+    """Counts by how much the resident memory of this process grows.
+
+    What earlier work has freed must be back with the system first: used again, it would not show as growth.
+    """
 
     overcommits = True
 
     def __init__(self, machine: Machine):
         self.clear()
-        self._before = _file_bytes("/proc/self/status", "VmRSS") or 0
-        self._resets = False
+        self._before: int | None = None
         free = free_memory_bytes(machine)
         self.usable_bytes = machine.memory_bytes // 2 if free is None else free
 
     def start(self) -> None:
         """Begin a new peak, where the system lets a process do so (Linux; see proc(5), clear_refs)."""
+        self._before = _file_bytes("/proc/self/status", "VmRSS") if _give_back_freed() else None
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            self._resets = True
         except OSError:
-            self._resets = False
+            self._before = None
 
     def peak_bytes(self) -> int | None:
-        """Most growth since `start`; None where the system does not say."""
-        peak = _file_bytes("/proc/self/status", "VmHWM") if self._resets else None
-        return None if peak is None else max(0, peak - self._before)
+        """Most growth since `start`; None where the system does not say, or growth would say too little."""
+        peak = _file_bytes("/proc/self/status", "VmHWM")
+        return None if peak is None or self._before is None else max(0, peak - self._before)
 
     def clear(self) -> None:
         """Let go of what nothing uses any more."""
         gc.collect()
+        BUFFERS.release()
+        _give_back_freed()
+
+
+def _give_back_freed() -> bool:
+    """Have the C library return to the system what it keeps of freed memory; whether it can (glibc, TCMalloc).
+
+    Another library may be loaded in the place of glibc's functions, whose own one has nothing to give back then.
+    """
+    try:
+        loaded, glibc = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
+        if ctypes.cast(loaded.malloc, ctypes.c_void_p).value == ctypes.cast(glibc.malloc, ctypes.c_void_p).value:
+            loaded.malloc_trim(0)
+        else:
+            loaded.MallocExtension_ReleaseFreeMemory()
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True
 
 
 def memory_of(machine: Machine) -> GPUMemory | ProcessMemory:

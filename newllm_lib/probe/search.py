@@ -14,7 +14,7 @@ from newllm_lib.config import RunConfig
 from newllm_lib.planning import largest_batch, make_setup, memory_estimate_bytes, with_batch
 from newllm_lib.probe.memory import GPUMemory, ProcessMemory, memory_of
 from newllm_lib.probe.store import Store, digest, step_facts
-from newllm_lib.probe.tries import ABOVE_LIMIT, RAN, Try, run_try
+from newllm_lib.probe.tries import ABOVE_LIMIT, RAN, Try, expected_seconds, run_try, warm_up
 from newllm_lib.settings import build
 from newllm_lib.trainer import Setup
 
@@ -136,10 +136,16 @@ def settle_batch(setup: Setup, decided: dict[str, Any], report: Callable[[str], 
         if "batch_size" in decided:
             return setup
         choice = search_batch(setup, train.batch_policy, report=report)
-        own = setup.requested.train.batch_size
-        instead = f" (the recipe has {own})" if own not in (None, choice.batch_size) else ""
-        return with_batch(setup, choice.batch_size, reason=f"{choice.policy}{instead}: {choice.reason}")
-    if train.micro_batch_size or "micro_batch_size" in decided:
+        own, steps = setup.requested.train.batch_size, setup.requested.train.max_steps
+        instead = read = ""
+        if own not in (None, choice.batch_size):
+            instead = f" (the recipe has {own})"
+            if steps:
+                read = (
+                    f"; max_steps = {steps} counts steps, so {choice.batch_size / own:.3g} times as much text is read"
+                )
+        return with_batch(setup, choice.batch_size, reason=f"{choice.policy}{instead}: {choice.reason}{read}")
+    if train.micro_batch_size or decided.get("micro_batch_size"):
         return setup
     limit, whole, micro = MEMORY_SHARE * memory_of(setup.machine).usable_bytes, memory_estimate_bytes(setup), None
     while micro != 1 and memory_estimate_bytes(with_batch(setup, train.batch_size, micro)) > limit:
@@ -178,6 +184,7 @@ class _Search:
         self.limit = memory_share * memory.usable_bytes
         self.ends, self.seconds = time.monotonic() + seconds, seconds
         self.tries: list[Try] = []
+        self.warm = False
 
     def size(self, policy: str, cap: int) -> BatchChoice:
         """The batch for `fill` or `fast`, of at most `cap` sequences."""
@@ -239,6 +246,10 @@ class _Search:
             reason = f"not run: about {expected / 2**30:.1f} GiB expected, {self.limit / 2**30:.1f} allowed"
             tried = Try(batch_size=batch, micro_batch_size=micro, outcome=ABOVE_LIMIT, reason=reason)
         else:
+            if not self.warm:  # what a process pays only once would be taken for the first try's time and memory
+                warm_up(setup)
+                self.memory.clear()
+                self.warm = True
             tried = run_try(setup, self.memory, self.limit)
         if tried.tokens_per_second:
             self.store.keep_speed(setup, tried.tokens_per_second)
@@ -256,9 +267,8 @@ class _Search:
         return more + max(0, more - less) / (large - small) * (train.batch_size - large)
 
     def _in_time(self, batch: int) -> bool:
-        """Whether a try would end in time, if it takes as long for a sequence as the largest so far."""
-        last = max((t for t in self.tries if t.outcome == RAN), key=lambda t: t.batch_size)
-        return time.monotonic() + last.seconds * batch / last.batch_size <= self.ends
+        """Whether a try would end in time, going by the largest so far."""
+        return time.monotonic() + expected_seconds(largest_that_ran(self.tries), batch) <= self.ends
 
     def _nothing_fits(self) -> ValueError:
         last = self.tries[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ class Try:
     tokens_per_second: float | None = None
     """Real targets of the run's own text (median of some steps)."""
     step_seconds: float | None = None
+    full_seconds: float | None = None
+    """Of the one step on sequences without padding."""
     peak_bytes: int | None = None
     """Of a step on sequences without padding, or of the evaluation."""
     seconds: float = 0.0
@@ -85,29 +88,58 @@ def run_try(setup: Setup, memory: GPUMemory | ProcessMemory, limit_bytes: float)
     facts = {"batch_size": batch, "micro_batch_size": micro, "seconds": time.perf_counter() - started}
     if taken is None:
         return Try(**facts, outcome=OUT_OF_MEMORY, reason=said)
-    facts |= {"tokens_per_second": taken[0], "step_seconds": taken[1]}
+    facts |= {"tokens_per_second": taken[0], "step_seconds": taken[1], "full_seconds": taken[2]}
     if peak is None:
         peak, facts["reason"] = memory_estimate_bytes(setup), "memory estimated from the shapes"
     return Try(**facts, peak_bytes=peak, outcome=RAN if peak <= limit_bytes else ABOVE_LIMIT)
 
 
-def _measure(setup: Setup) -> tuple[float, float]:
-    """Tokens a second and seconds a step on the run's own rows, after steps and an evaluation on full ones."""
+def _measure(setup: Setup) -> tuple[float, float, float]:
+    """Tokens a second and seconds a step on the run's own rows, after steps and an evaluation on full ones; the
+    seconds of the full step."""
     with _undisturbed(setup):
         copy = _Copy(setup)
-        rows = setup.config.train.batch_size
-        copy.step(copy.full_rows(min(rows, _FEW_ROWS)))
-        copy.step(copy.full_rows(rows))
+        copy.few_rows_step()
+        ids = copy.full_rows(setup.config.train.batch_size)
+        full_seconds = copy.timed_step(ids)[1]
         copy.evaluate()
-        return copy.timed()
+        return *copy.timed(), full_seconds
 
 
 def time_steps(setup: Setup) -> tuple[float, float]:
     """As `run_try`, without full rows and evaluation; errors are raised, memory that runs out too."""
     with _undisturbed(setup):
         copy = _Copy(setup)
-        copy.step(copy.full_rows(min(setup.config.train.batch_size, _FEW_ROWS)))
+        copy.few_rows_step()
         return copy.timed()
+
+
+def warm_up(setup: Setup) -> None:
+    """Pay what a process pays once, before anything is measured: imports, kernels, the engine's compilation.
+
+    Memory that runs out here does so in the try that follows, which says it.
+    """
+    try:
+        with _undisturbed(setup):
+            _Copy(setup).few_rows_step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+
+
+def expected_seconds(ran: Try, batch: int) -> float:
+    """How long a try of `batch` sequences will take, from one that ran.
+
+    A step takes as long for each sequence, and there are as many as `_Copy.timed` then makes; what is left (the copy,
+    the evaluation) takes as long as it did.
+    """
+
+    def in_steps(scale: float) -> float:
+        each = scale * ran.step_seconds
+        count = min(max(_STEPS, math.ceil(_SECONDS / each)), math.ceil(_LONG_SECONDS / each))
+        return scale * ran.full_seconds + count * each
+
+    return max(0.0, ran.seconds - in_steps(1.0)) + in_steps(batch / ran.batch_size)
 
 
 def _no_fewer(rows: int, failure: str) -> int:
@@ -160,6 +192,18 @@ class _Copy:
             context=context,
         )
 
+    def few_rows_step(self) -> None:
+        """A step that makes the optimizer's state."""
+        self.step(self.full_rows(min(self.setup.config.train.batch_size, _FEW_ROWS)))
+
+    def timed_step(self, ids: Tensor, context: Tensor | None = None) -> tuple[StepResult, float]:
+        """A step and its seconds."""
+        wait(self.setup.machine)
+        started = time.perf_counter()
+        result = self.step(ids, context)
+        wait(self.setup.machine)
+        return result, time.perf_counter() - started
+
     def evaluate(self) -> None:
         """One pass of the evaluation, over as many full rows as it takes at once."""
         held = self.setup.validation_split
@@ -181,12 +225,7 @@ class _Copy:
         taken: list[tuple[float, float]] = []
         context = None
         for number in itertools.count():
-            ids = self._batch(number)
-            wait(self.setup.machine)
-            started = time.perf_counter()
-            result = self.step(ids, context)
-            wait(self.setup.machine)
-            seconds = time.perf_counter() - started
+            result, seconds = self.timed_step(self._batch(number), context)
             taken.append((result.tokens / seconds, seconds))
             context = result.context if self.setup.train_split.carries_context else None
             spent = sum(one for _, one in taken)

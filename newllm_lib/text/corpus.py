@@ -235,8 +235,8 @@ def _load_hub_dataset(config_name: str, name: str):
     except Exception as error:  # datasets raises a dozen unrelated classes for "cannot be had"
         raise ConnectionError(
             f"data {name}: cannot be loaded from the Hugging Face hub ({HUB_REPOSITORY}), nor is it in the local "
-            f"cache. Go online, or use text that is here: --data FOLDER (with train.txt and valid.txt) or "
-            f"--data builtin. [{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}]"
+            f"cache. Go online, or set data (in the shell --data) to a folder with train.txt and valid.txt, or to "
+            f"builtin. [{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}]"
         ) from error
 
 
