@@ -89,8 +89,8 @@ def _place(source: Path, payload: dict[str, Any], folder: Path) -> Run:
         copy_checkpoint(source, checkpoints.best if is_best else checkpoints.step(state["step"]), entry)
         if not is_best and not checkpoints.best.exists() and state["history"]:
             _to_stderr(
-                f"{source.name} is of step {state['step']}, its run's best weights were those of step "
-                f"{state['best_step']}: they are not in it, and model/ stays empty until a better validation"
+                f"{source.name} is of step {state['step']:,}, its run's best weights were those of step "
+                f"{state['best_step']:,}: they are not in it, and model/ stays empty until a better validation"
             )
     if not (folder / "run.json").exists():
         report.write_history(folder, state["history"])

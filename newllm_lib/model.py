@@ -34,7 +34,10 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         self.card = ""  # the model card, Markdown with the hub's metadata; "" = a plain one
         self.companions: dict[str, str] = {}  # texts that save_pretrained writes beside the weights, by file name
         layer = functools.partial(skip_init, nn.Linear)  # initialise() draws every value, so nn.Linear need not
-        self.embedding = skip_init(nn.Embedding, config.vocab_size, config.embed_dim)
+        values = torch.empty(
+            config.vocab_size, config.embed_dim
+        )  # skip_init of nn.Embedding imports torch._dynamo: 2 s
+        self.embedding = nn.Embedding.from_pretrained(values, freeze=False)
         self.from_token = layer(config.embed_dim, config.hidden_dim)
         self.from_context = layer(config.context_dim, config.hidden_dim, bias=False)
         self.layers = nn.ModuleList(layer(config.hidden_dim, config.hidden_dim) for _ in range(config.num_layers - 1))

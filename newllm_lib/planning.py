@@ -230,5 +230,6 @@ def _rate_line(setup: Setup, decay_steps: int | None) -> str:
         text += f"; Muon {train.muon_lr:g} on the hidden matrices"
     course = f"; {train.lr_schedule}"
     if train.lr_schedule == "cosine":
-        course += f" to {train.lr_final_fraction:g} at step {decay_steps or train.decay_steps or setup.total_steps}"
+        end = decay_steps or train.decay_steps or setup.total_steps
+        course += f" to {train.lr_final_fraction:g} at step {end:,}"
     return text + course + (f", warm-up {train.warmup_steps} steps" if train.warmup_steps else "")

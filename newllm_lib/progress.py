@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from newllm_lib.diagnose import Spell, follow
+from newllm_lib.diagnose import Row, Spell, follow
 from newllm_lib.mirror import Safety
 from newllm_lib.report import duration
 
@@ -42,14 +42,19 @@ class Progress:
         """The run has ended, in whatever way."""
 
 
-HEADER = f"{'epoch':>7} {'step':>7} {'train loss':>11} {'val loss':>9} {'val PPL':>9} {'accuracy':>9} {'seconds':>8}"
+HEADER = f"{'epoch':>7} {'step':>9} {'train loss':>11} {'val loss':>9} {'val PPL':>9} {'accuracy':>9} {'seconds':>9}"
+
+
+def rows_before(history: list[Row], row: Row) -> list[Row]:
+    """The rows of a history that a new one comes after: a run that goes back to a checkpoint validates again."""
+    return [earlier for earlier in history if (earlier["epoch"], earlier["step"]) < (row["epoch"], row["step"])]
 
 
 def table_line(row: dict[str, Any], best: bool) -> str:
     """A row of the history under HEADER; the best one so far is marked."""
     return (
-        f"{row['epoch']:7.2f} {row['step']:7d} {row['train_loss']:11.4f} {row['val_loss']:9.4f} {row['val_ppl']:9.2f} "
-        f"{row['val_accuracy']:9.2%} {row['train_seconds']:8.1f}" + (" *" if best else "")
+        f"{row['epoch']:7.2f} {row['step']:9,d} {row['train_loss']:11.4f} {row['val_loss']:9.4f} {row['val_ppl']:9.2f} "
+        f"{row['val_accuracy']:9.2%} {row['train_seconds']:9,.1f}" + (" *" if best else "")
     )
 
 
@@ -72,13 +77,17 @@ class TerminalProgress(Progress):
     def begin(self, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """Print what the rows so far warn of at their end."""
         self._unknown_share = record["validation"]["unknown_share"]
+        self._follow(history)
+        for spell in self._spells.values():
+            if spell.active:
+                self.message(f"warning: {spell}")
+
+    def _follow(self, history: list[Row]) -> None:
+        """What a history has warned of so far, from its first row."""
         self._history, self._spells = [], {}
         for row in history:
             self._history.append(row)
             self._spells = follow(self._spells, self._history, self._unknown_share)
-        for spell in self._spells.values():
-            if spell.active:
-                self.message(f"warning: {spell}")
 
     def message(self, text: str) -> None:
         """Print above the bar."""
@@ -98,7 +107,7 @@ class TerminalProgress(Progress):
         elif now - self._last_line >= self._line_seconds:
             begun, first = self._started
             left = (now - begun) / max(1, step - first) * (total_steps - step)
-            self.message(f"step {step}/{total_steps} (epoch {epoch:.2f}): {detail}, {duration(left)} left")
+            self.message(f"step {step:,} of {total_steps:,} (epoch {epoch:.2f}): {detail}, {duration(left)} left")
             self._last_line = now
 
     def _move_bar(self, step: int, total_steps: int, epoch: float, detail: str) -> None:
@@ -107,6 +116,7 @@ class TerminalProgress(Progress):
                 total=total_steps,
                 initial=step - 1,
                 unit="step",
+                bar_format="{l_bar}{bar}| {n:,} of {total:,} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
                 mininterval=0.5,
                 file=self._stream,
                 dynamic_ncols=True,
@@ -126,6 +136,9 @@ class TerminalProgress(Progress):
             self.message(HEADER)
             self._header_shown = True
         self.message(table_line(row, best))
+        kept = rows_before(self._history, row)
+        if len(kept) < len(self._history):
+            self._follow(kept)
         self._history.append(row)
         before, self._spells = self._spells, follow(self._spells, self._history, self._unknown_share)
         for kind, spell in self._spells.items():
@@ -180,4 +193,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._progress.message("stopping after this step, then saving; press Ctrl-C again to stop at once")
+        again = "interrupt" if "ipykernel" in sys.modules else "press Ctrl-C"  # a notebook has a menu for it
+        self._progress.message(f"stopping after this step, then saving; {again} again to stop at once")

@@ -140,11 +140,20 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, A
     for title, axes in titles:
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("epochs")
+        set_epoch_axis(axes)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
     write_atomic(folder / "curves.png", lambda file: file.write(image.getvalue()))
+
+
+def set_epoch_axis(axes) -> None:
+    """Epochs from 0 on, also where there is one point alone, with so few labels that long ones do not touch."""
+    axes.update_datalim([(0, 0)], updatey=False)
+    axes.autoscale_view(scaley=False)
+    axes.set_xlim(left=0)
+    axes.locator_params("x", nbins=6)
 
 
 def _plot_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:

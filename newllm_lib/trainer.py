@@ -372,8 +372,8 @@ class Trainer:
 def needs_new_end(decay_steps: int, total_steps: int) -> str:
     """Why a run whose rate decays to an end cannot go on beyond it."""
     return (
-        f"the rate of this run decays to its end at step {decay_steps}, so going on to step {total_steps} needs a new "
-        f"end: decay_steps = {total_steps}. Or start another run: another name, or fresh=True (in the shell --fresh)"
+        f"the rate of this run decays to its end at step {decay_steps:,}, so going on to step {total_steps:,} needs a "
+        f"new end: decay_steps = {total_steps}. Or start another run: another name, or fresh=True (--fresh)"
     )
 
 

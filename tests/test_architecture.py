@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -246,3 +247,34 @@ def test_the_top_level_holds_what_the_design_names_and_nothing_else(repository):
         ".ci", ".gitignore", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "newllm_lib",
         "notebooks", "pyproject.toml", "results", "setup.py", "tests",
     }  # fmt: skip
+
+
+def dead_links(folder):
+    """(page, target) of links and pictures of tracked Markdown pages that lead to no tracked file or folder."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    there = {part for name in tracked.splitlines() for part in (Path(name), *Path(name).parents)}
+    found = []
+    for page in sorted(name for name in tracked.splitlines() if name.endswith(".md")):
+        for target in re.findall(r"\]\(([^)#\s]+)", (folder / page).read_text(encoding="utf-8")):
+            place = Path(os.path.normpath(Path(page).parent / target))
+            if "://" not in target and place not in there:
+                found.append((page, target))
+    return found
+
+
+def test_every_link_of_the_pages_leads_somewhere(repository):
+    if not (repository / ".git").exists():
+        pytest.skip("not a checkout")
+    assert dead_links(repository) == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "page.md").write_text(
+        "[a](there.md) ![b](gone.png) [c](https://example.org) [d](sub) [e](page.md#part)"
+    )
+    (tmp_path / "sub").mkdir()
+    for name in ("there.md", "sub/file", "gone.png"):
+        (tmp_path / name).write_text("")
+    for command in (["init", "-q"], ["add", "page.md", "there.md", "sub"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert dead_links(tmp_path) == [("page.md", "gone.png")]  # on this disk only

@@ -236,7 +236,7 @@ def test_in_a_notebook_it_is_a_link(bundle, shown, capsys):
     nl.offer_download("results/run.zip")
     (link,) = shown
     assert isinstance(link, FileLink)
-    assert "href='results/run.zip'" in link._repr_html_()
+    assert "<a href='results/run.zip' download>results/run.zip</a>" in link._repr_html_()
     assert str(bundle) in capsys.readouterr().out
 
 

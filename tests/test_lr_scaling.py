@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -151,6 +152,7 @@ def test_lists_are_given_one_by_one_or_as_text():
         ({"initialisations": "he"}, {}, "initialisations: 'he' is unknown: must be of published, fan-in"),
         ({}, {"lr": 1e-3}, "TrainConfig.lr = 0.001: the rules set the rate here; give lr_base"),
         ({}, {"batch_size": None}, "TrainConfig.batch_size must be a number here"),
+        ({}, {"layout": "stream"}, "DataConfig.layout = 'stream': must be windows here: a stream has as many lanes as"),
         ({"batch_sizes": "8,9999"}, {}, "TrainConfig.batch_size = 9999: must be at most 62"),
     ],
 )
@@ -290,7 +292,9 @@ def test_one_line_for_each_run(whole):
 
 def test_what_it_leaves(whole):
     names = {path.name for path in whole.study.folder.iterdir() if path.is_file()}
-    assert names == {"study.json", "lr_scaling.csv", "histories.csv", "lr_scaling.md", "lr_scaling.png"}
+    assert names == {
+        "settings.json", "study.json", "lr_scaling.csv", "histories.csv", "lr_scaling.md", "lr_scaling.png",
+    }  # fmt: skip
     assert (whole.study.folder / "lr_scaling.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((whole.study.folder / "study.json").read_text()) == whole.study.record
     report = (whole.study.folder / "lr_scaling.md").read_text(encoding="utf-8")
@@ -343,6 +347,111 @@ def test_another_batch_only_adds_runs(text, tmp_path):
     assert more.table["best_ppl"][0] == first.table["best_ppl"][0]
 
 
+# --- one folder, one grid -------------------------------------------------------------------------------------------
+
+
+def one_cell(text, folder, progress=None, **changes):
+    return lr_scaling(config_of(text, folder, **changes), "8", "none", "fan-in", progress=progress or Counts())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"max_steps": 16}, "max_steps 8 there, 16 here"),
+        ({"validate_every_steps": 2}, "validate_every_steps None there, 2 here"),
+        ({"hidden_dim": 16, "weight_decay": 0.5}, "hidden_dim 12 there, 16 here; weight_decay 0.0 there, 0.5 here"),
+        ({}, r"data '\w+ \(sha256 \w{16}…\)' there, 'more \(sha256 \w{16}…\)' here"),
+    ],
+    ids=["length", "validations", "model", "text"],
+)
+def test_a_folder_of_another_grid_is_refused_before_anything_is_trained(text, tmp_path, changes, differs):
+    """Also while that grid has nothing but its settings; and it goes on as if nothing had been."""
+    with pytest.raises(RuntimeError):
+        one_cell(text, tmp_path, Counts(1, crash), name="mine")
+    other = text if changes else write_text(tmp_path / "more", texts=50)
+    before = contents(tmp_path / "mine")
+    message = rf"mine: holds a study with other settings: {differs}\. Give this one another name, or move that"
+    with pytest.raises(ValueError, match=message):
+        one_cell(other, tmp_path, name="mine", **changes)
+    assert contents(tmp_path / "mine") == before
+    study = one_cell(text, tmp_path, name="mine")
+    assert study.record["key"] == json.loads((study.folder / "settings.json").read_text())["key"]
+    with pytest.raises(ValueError, match=message):
+        one_cell(other, tmp_path, name="mine", **changes)
+
+
+def test_the_copy_of_another_grid_is_refused_too_and_nothing_is_marked(text, tmp_path):
+    (tmp_path / "drive").mkdir()
+    changes = {"name": "mine", "mirror_dir": str(tmp_path / "drive")}
+    one_cell(text, tmp_path / "first", **changes)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"drive/mine: holds a study with other settings: max_steps 8 there, 4 here"):
+        one_cell(text, tmp_path / "second", max_steps=4, **changes)
+    assert contents(tmp_path) == before
+    assert one_cell(text, tmp_path / "second", **changes).table["steps"].tolist() == [8]
+
+
+def test_a_grid_of_before_the_settings_were_kept_goes_on(text, tmp_path):
+    study = one_cell(text, tmp_path, name="mine")
+    (study.folder / "settings.json").unlink()
+    record = json.loads((study.folder / "study.json").read_text())
+    del record["key"]
+    (study.folder / "study.json").write_text(json.dumps(record))
+    counter = Counts()
+    assert one_cell(text, tmp_path, counter, name="mine").table["best_ppl"].equals(study.table["best_ppl"])
+    assert counter.steps == 0
+
+
+CELL = "fan-in-batch-8-none-seed-42"
+
+
+def go_on(study, **changes):
+    """What a user may do with a run of a study: train it further on its own."""
+    return runs.train(runs.load(study.folder / CELL).requested.replace(**changes), progress=Counts())
+
+
+@pytest.mark.parametrize("how", ["finished", "stopped", "killed"])
+def test_a_cell_that_was_trained_for_longer_is_refused(text, tmp_path, how):
+    """Before the cells before it are trained; or when its turn comes, where its record does not know of it yet."""
+    study = one_cell(text, tmp_path)
+    if how == "finished":
+        assert go_on(study, max_steps=12).record["step"] == 12
+    else:
+        config = runs.load(study.folder / CELL).requested.replace(max_steps=1000)
+        runs.train(config, progress=Counts(4, lambda: signal.raise_signal(signal.SIGINT)))
+    if how == "killed":
+        record = json.loads((study.folder / CELL / "run.json").read_text())
+        (study.folder / CELL / "run.json").write_text(json.dumps(record | {"step": 8, "status": "running"}))
+    counter, message = Counts(), rf"{CELL}: has trained 12 steps, and this study plans 8: it was continued on its own"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            lr_scaling(config_of(text, tmp_path), "16,8", "none", "fan-in", progress=counter)
+    assert counter.steps == (4 if how == "killed" else 0)
+    (study.folder / CELL).rename(tmp_path / "elsewhere")
+    counter = Counts()
+    again = one_cell(text, tmp_path, counter)
+    assert (counter.steps, again.table["best_ppl"][0]) == (8, study.table["best_ppl"][0])
+
+
+def test_a_cell_that_was_cut_short_is_trained_to_its_end(text, tmp_path):
+    """By a smaller number of steps, or by patience, which a grid's cells do not have."""
+    study = one_cell(text, tmp_path)
+    config = runs.load(study.folder / CELL).requested
+    for changes in ({"max_steps": 4}, {"patience": 1, "min_delta": 50.0}):
+        shutil.rmtree(study.folder / CELL)
+        short = runs.train(config.replace(**changes), progress=Counts())
+        assert short.record["step"] < 8
+        again = one_cell(text, tmp_path)
+        assert again.table[["steps", "best_ppl"]].equals(study.table[["steps", "best_ppl"]])
+
+
+# --- cells that break down, copies ---------------------------------------------------------------------------------
+
+
 def test_a_cell_that_breaks_down_is_a_result_and_is_not_tried_again(text, tmp_path):
     changes = {"lr_base": 100.0, "weight_decay": 10.0, "optimizer": "adamw", "max_steps": 60}
     study = lr_scaling(config_of(text, tmp_path, **changes), "8", "none", "fan-in", progress=Counts())
@@ -376,8 +485,9 @@ def test_the_line_moves_in_a_terminal_alone_and_at_most_twice_a_second():
         line = LiveLine(stream, clock=lambda now=now: next(now))
         line.label = "1 of 2"
         for step in range(1, 6):
-            line.step(step, 5, 0.1, 4.0, 1000.0)
+            line.step(999 + step, 5000, 0.1, 4.0, 1000.0)
         assert stream.getvalue().count("\r1 of 2: step") == moved
+        assert ("step 1,000 of 5,000" in stream.getvalue()) == bool(moved)
         line.say("done")
         assert stream.getvalue().endswith("done\n")
         assert stream.getvalue().split("\r")[-1] == "done\n"

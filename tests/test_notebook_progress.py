@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,10 @@ import IPython.display
 import matplotlib
 import nbformat
 import pytest
+import torch
 from histories import history, row
+from hypothesis import given
+from hypothesis import strategies as st
 from nbclient import NotebookClient
 from PIL import Image
 from tiny import RECIPE, SHAPE, result_of, same, tiny_setup, tiny_trainer, write_text
@@ -21,7 +25,7 @@ from tiny import RECIPE, SHAPE, result_of, same, tiny_setup, tiny_trainer, write
 import newllm_lib.notebook as notebook_room
 from newllm_lib.notebook import NotebookProgress, in_notebook
 from newllm_lib.notebook.progress import curves_png, visible_rows
-from newllm_lib.progress import Progress
+from newllm_lib.progress import HEADER, Progress, StopRequest, TerminalProgress, rows_before, table_line
 
 RECORD = {
     "run": "l4_fp16-abc123",
@@ -343,6 +347,102 @@ def test_curves_take_at_most_a_twentieth_of_the_time(progress, clock, drawings, 
     assert drawings[-1] == 1000  # the end has the whole curve
 
 
+# --- a run that goes back to a checkpoint -----------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=12), st.sets(st.integers(1, 60)))
+def test_rows_are_those_of_the_run_however_often_it_goes_back(course, skipped):
+    """course: rows to go back by, then rows to go on by; skipped: rows before which no update was made."""
+    every = []
+    for number in range(60):
+        every.append(row(0.25 * (number + 1), step=(every[-1]["step"] if every else 0) + (number not in skipped)))
+    shown, length = [], 0
+    for back, on in course:
+        length = max(0, length - back)
+        for new in every[length : length + on]:
+            shown = [*rows_before(shown, new), dict(new)]
+            length += 1
+            assert shown == every[:length]
+
+
+def test_a_run_whose_update_is_torn_shows_each_validation_once(tmp_path, progress, screen, clock, drawings):
+    """Memory runs out while the weights change, at step 8; no validation was the best, so it goes back to step 0."""
+    trainer = tiny_trainer(tiny_setup(write_text(tmp_path / "text")), tmp_path / "run", progress)
+    trainer.state.best_loss = 0.0
+    update, calls, validated = trainer.optimizers[0].step, iter(range(10_000)), []
+
+    def torn(*args, **kwargs):
+        clock.now += 1
+        update(*args, **kwargs)
+        if next(calls) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.optimizers[0].step = torn
+    trainer.on_validation = lambda best: validated.append(trainer.state.step)
+    progress.begin(RECORD, [])
+    assert trainer.fit() == "finished"
+    progress.close()
+    assert validated == [3, 6, 3, 6, 8, 9, 12, 15, 16]
+    assert re.findall(r"</td><td[^>]*>(\d+)</td><td[^>]*>\d\.\d{4}</td>", screen.pages[-1]) == [
+        "3", "6", "8", "9", "12", "15", "16",
+    ]  # fmt: skip
+    assert drawings[-1] == 7
+    assert "going on from step 0" in screen.text
+
+
+def test_a_row_that_comes_again_takes_the_place_of_the_first_in_table_curves_and_warnings(
+    progress, clock, drawings, screen
+):
+    stuck = history(val_ppl=[68.0, 67.8, 67.9, 67.6, 67.4], val_accuracy=[0.305] * 5)
+    progress.begin(RECORD, stuck[:4])
+    clock.now += 60
+    progress.validated(stuck[3] | {"val_ppl": 67.65}, False)
+    assert drawings == [4, 4]
+    assert screen.text.count("67.60") == 0
+    assert screen.text.count("67.65") == 1
+    clock.now += 60
+    progress.validated(dict(stuck[2]), False)
+    assert drawings == [4, 4, 3]
+    clock.now += 60
+    progress.validated(dict(stuck[3]), False)
+    assert "plateau" not in screen.text  # four validations, however often they came
+    clock.now += 60
+    progress.validated(stuck[4], False)
+    assert "epoch 5.00: plateau: over 5 validations" in screen.text
+    clock.now += 60
+    progress.validated(dict(stuck[2]), False)
+    assert "plateau" not in screen.text
+
+
+def test_plain_lines_count_each_validation_once_too():
+    stuck = history(val_ppl=[68.0, 67.8, 67.9, 67.6, 67.4], val_accuracy=[0.305] * 5)
+    progress = TerminalProgress(stream := io.StringIO())
+    progress.begin(RECORD, stuck[:3])
+    for new in (stuck[3], stuck[2], stuck[3]):
+        progress.validated(dict(new), False)
+    assert "plateau" not in stream.getvalue()
+    progress.validated(stuck[4], False)
+    assert stream.getvalue().count("warning: plateau: over 5 validations") == 1
+
+
+def test_plain_lines_after_a_failure_know_what_came_again(progress, screen, clock, capsys):
+    rows = history(val_ppl=[40, 30, 28, 27])
+    progress.begin(RECORD, rows[:3])
+    clock.now += 5
+    progress.validated(rows[3], False)
+    for number in (3, 2, 3, 3):  # the first is shown, the others come in the same second
+        progress.validated(dict(rows[number]), False)
+
+    def fail():
+        raise RuntimeError("no socket")
+
+    screen.on_update = fail
+    clock.now += 5
+    progress.step(50, 100, 5.0, 3.0, 1.0)
+    assert "no socket" in capsys.readouterr().out
+    assert progress._plain._history == rows
+
+
 # --- when it is shown -------------------------------------------------------------------------------------------
 
 
@@ -420,6 +520,15 @@ def test_the_record_tells_how_it_ended(progress, screen, status, bar):
     progress.close()
     assert f"status | {status}" in screen.text
     assert bar in screen.pages[-1]
+
+
+def test_large_numbers_have_separators(progress, screen):
+    progress.begin(RECORD, [row(1, step=1_234_567, train_seconds=123_456.7)])
+    progress.step(1_234_568, 3_000_000, 1.1, 3.0, 1.0)
+    progress.close()
+    for text in ("1,234,567", "123,456.7", "1,234,568 of 3,000,000"):
+        assert text in screen.text
+    assert "step 1,234,568 of 3,000,000; best validation perplexity 33.10 at step 1,234,567" in screen.plain
 
 
 def test_messages_alone_show_no_bar(progress, screen):
@@ -572,10 +681,13 @@ class CountingClient(NotebookClient):
 
 def test_a_run_in_a_notebook_is_one_output(tmp_path):
     settings = SHAPE | RECIPE | {"data": str(write_text(tmp_path / "text")), "results_dir": str(tmp_path / "results")}
+    stops = "class Stops(NotebookProgress):\n    def step(self, step, *rest):\n        super().step(step, *rest)\n"
+    stops += "        if step == 2:\n            import signal; signal.raise_signal(signal.SIGINT)\n"
     cells = [
         "import newllm_lib as nl\nfrom newllm_lib.notebook import NotebookProgress, in_notebook\nassert in_notebook()",
         f"config = nl.RunConfig(preset='tiny').replace(**{settings!r})\n"
         "run = nl.train(config, progress=NotebookProgress())\nassert run.record['status'] == 'finished'",
+        f"{stops}run = nl.train(config, name='stop', progress=Stops())\nassert run.record['status'] == 'interrupted'",
     ]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = CountingClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
@@ -583,7 +695,7 @@ def test_a_run_in_a_notebook_is_one_output(tmp_path):
     assert book.cells[0].outputs == []
     (output,) = book.cells[1].outputs
     assert output.output_type == "display_data"
-    assert (client.kinds["display_data"], client.kinds["stream"]) == (1, 0)
+    assert (client.kinds["display_data"], client.kinds["stream"]) == (2, 0)  # that of the second run too
     assert client.kinds["update_display_data"] >= 2
     page = output.data["text/html"]
     text = " | ".join(read(page).texts)
@@ -591,3 +703,47 @@ def test_a_run_in_a_notebook_is_one_output(tmp_path):
     assert "finished" in text
     assert "★" in text
     assert "tiny" in text
+    (stopped,) = book.cells[2].outputs
+    assert "stopping after this step, then saving; interrupt again to stop at once" in stopped.data["text/html"]
+
+
+# --- in a terminal ----------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_lines_of_a_terminal_have_separators_and_stand_under_their_heading():
+    line = table_line(row(123.4, step=1_234_567, train_seconds=123_456.7), True)
+    assert line == " 123.40 1,234,567      4.0000    3.5000     33.10    34.00% 123,456.7 *"
+    assert len(line) - 2 == len(HEADER)
+    TerminalProgress(log := io.StringIO(), line_seconds=0).step(1_234, 5_000, 1.1, 3.0, 1_000.0)
+    assert log.getvalue().startswith("step 1,234 of 5,000 (epoch 1.10): loss 3.000, 1,000 tokens/s")
+    progress = TerminalProgress(terminal := Terminal())
+    progress.step(1_235, 5_000, 1.1, 3.0, 1_000.0)
+    progress.close()
+    assert "| 1,234 of 5,000 [" in terminal.getvalue()
+
+
+def test_a_bar_may_go_back():
+    """As where an update was torn."""
+    progress = TerminalProgress(Terminal())
+    for step in (1_999, 2_000, 1_001):
+        progress.step(step, 5_000, 1.1, 3.0, 1_000.0)
+    assert progress._bar.n == 1_001
+    progress.close()
+
+
+@pytest.mark.parametrize(("kernel", "words"), [(True, "interrupt again"), (False, "press Ctrl-C again")])
+def test_how_to_stop_at_once_is_said_as_it_is_done_here(monkeypatch, kernel, words):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if kernel:
+        monkeypatch.setitem(sys.modules, "ipykernel", object())
+    progress = TerminalProgress(stream := io.StringIO())
+    with StopRequest(progress).listening():
+        signal.raise_signal(signal.SIGINT)
+        assert stream.getvalue() == f"stopping after this step, then saving; {words} to stop at once\n"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import signal
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from click.testing import CliRunner
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from tiny import RECIPE, SHAPE, tiny_config, tiny_setup, write_text
+from tiny import RECIPE, SHAPE, tiny_config, tiny_setup, tiny_trainer, write_text
 
 from newllm_lib import runs
 from newllm_lib.cli import main
 from newllm_lib.hardware import Machine, Precision
 from newllm_lib.progress import Progress
+from newllm_lib.step import TrainingError
 from newllm_lib.study.precisions import (
     PrecisionStudy,
     around_the_first_skip,
@@ -318,6 +320,62 @@ def test_a_run_that_goes_on_drops_the_lines_after_its_checkpoint(text, tmp_path)
     assert after["loss"].max() < 10
 
 
+def torn_update(number):
+    """An optimizer's step after which, in one call, memory runs out: the weights may be half changed then."""
+
+    def failing(step):
+        calls = iter(range(10_000))
+
+        def run(*args, **kwargs):
+            step(*args, **kwargs)
+            if next(calls) == number:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    return failing
+
+
+@pytest.mark.parametrize("number", [0, 7], ids=["to the beginning", "to a checkpoint"])
+def test_a_run_that_goes_back_records_each_batch_once_and_in_order(text, tmp_path, number):
+    """Memory runs out while the weights change, at step 1 or 8, and the newest checkpoint is that of step 6 or none."""
+    path, seen = tmp_path / "steps.csv", []
+    trainer = tiny_trainer(tiny_setup(text, max_steps=12, epochs=None), tmp_path / "checkpoints")
+    optimizer = trainer.optimizers[0]
+    optimizer.step = torn_update(number)(optimizer.step)
+    log = StepLog(path, lambda model, batch: (float(len(seen)), 0.0))
+    with log.open():
+        log.watch(trainer)
+        record = trainer.on_step
+        trainer.on_step = lambda result: (seen.append(trainer.state.step), record(result))
+        assert trainer.fit() == "finished"
+    repeated = {0: [], 7: [7]}[number]
+    assert seen == [*range(1, number + 1), *range(number + 1 - len(repeated), 13)]
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["batch", *map(str, range(1, 13))]
+
+
+def test_a_run_that_goes_back_and_ends_there_keeps_no_line_of_what_it_undid(text, tmp_path):
+    """Memory runs out in the update of step 8, and then in every step: the run is at step 6, and so is its log."""
+    path = tmp_path / "steps.csv"
+    trainer = tiny_trainer(tiny_setup(text, max_steps=12, epochs=None), tmp_path / "checkpoints")
+    optimizer, batch = trainer.optimizers[0], trainer._batch
+    optimizer.step = torn_update(7)(optimizer.step)
+    calls = iter(range(10_000))
+
+    def failing():
+        if next(calls) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch()
+
+    trainer._batch = failing
+    log = StepLog(path, lambda model, batch: (0.0, 0.0))
+    with log.open(), pytest.raises(TrainingError, match="with one sequence at a time"):
+        log.watch(trainer)
+        trainer.fit()
+    assert trainer.state.step == 6
+    assert read_steps(path)["batch"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
 # --- whole studies --------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +422,8 @@ def test_the_first_losses_differ_by_rounding_alone(whole):
 def test_what_it_leaves_and_that_it_can_be_read_back(whole, tmp_path):
     names = {path.name for path in whole.folder.iterdir()}
     assert names == {
-        "study.json", "steps.csv", "validations.csv", "precisions.md", "precisions.png", "fp32", "bf16", "fp32-seed-43",
+        "settings.json", "study.json", "steps.csv", "validations.csv", "precisions.md", "precisions.png", "fp32",
+        "bf16", "fp32-seed-43",
     }  # fmt: skip
     assert (whole.folder / "precisions.png").read_bytes().startswith(b"\x89PNG")
     again = PrecisionStudy.read(whole.folder)
@@ -377,13 +436,20 @@ def test_what_it_leaves_and_that_it_can_be_read_back(whole, tmp_path):
     assert set(whole.rounding["weights"]) == {"untrained", "trained"}
 
 
-def test_a_finished_study_is_read_and_other_settings_make_another(whole, text):
+def test_a_finished_study_is_read_and_other_settings_make_another(whole, text, tmp_path):
     told, before = [], (whole.folder / "study.json").stat().st_mtime_ns
     again = study_of(text, whole.folder.parent, report=told.append)
     assert told == [f"this study is finished: {whole.folder}"]
     assert (again.record, (again.folder / "study.json").stat().st_mtime_ns) == (whole.record, before)
-    with pytest.raises(ValueError, match="holds a study with other settings; give this one another name"):
-        study_of(text, whole.folder.parent, name=whole.folder.name, dropout=0.1)
+    for kept, differs in ((True, r": dropout 0\.2 there, 0\.1 here"), (False, "")):
+        if not kept:  # as a study of before they were
+            (whole.folder / "settings.json").rename(tmp_path / "settings.json")
+        with pytest.raises(
+            ValueError, match=rf"holds a study with other settings{differs}\. Give this one another name"
+        ):
+            study_of(text, whole.folder.parent, name=whole.folder.name, dropout=0.1)
+    assert study_of(text, whole.folder.parent).record == whole.record
+    shutil.move(tmp_path / "settings.json", whole.folder)
 
 
 class Counts(Progress):
@@ -410,6 +476,8 @@ def test_an_interrupted_study_goes_on_and_equals_one_that_was_not(whole, text, t
     assert not list(tmp_path.glob("*/study.json"))
     record = next(tmp_path.glob("*/fp32/run.json"))
     before, counter = record.stat().st_mtime_ns, Counts()
+    with pytest.raises(ValueError, match="holds a study with other settings: control_seed False there, True here"):
+        study_of(text, tmp_path, name=record.parent.parent.name)
     study = study_of(text, tmp_path, progress=counter, control_seed=False)
     assert study.steps.equals(whole.steps[whole.steps["label"] != "fp32-seed-43"])
     assert study.record["comparisons"] == whole.record["comparisons"][:1]
@@ -419,6 +487,21 @@ def test_an_interrupted_study_goes_on_and_equals_one_that_was_not(whole, text, t
     else:  # the first run had ended; the second goes on from its validation at step 10
         assert counter.steps == 20
         assert record.stat().st_mtime_ns == before
+
+
+def test_a_run_that_was_trained_for_longer_is_refused(text, tmp_path):
+    """Before the others are trained; its curve would come from another plan than theirs."""
+    with pytest.raises(RuntimeError):
+        study_of(text, tmp_path, progress=Disturbs(31, crash))
+    second = runs.load(next(tmp_path.glob("*/bf16")))
+    runs.train(second.requested.replace(max_steps=33), progress=Progress())
+    shutil.rmtree(second.folder.parent / "fp32")
+    counter = Counts()
+    with pytest.raises(
+        ValueError, match="bf16: has trained 33 steps, and this study plans 30: it was continued on its"
+    ):
+        study_of(text, tmp_path, progress=counter)
+    assert counter.steps == 0
 
 
 def test_fp16_records_its_loss_scale(text, tmp_path):

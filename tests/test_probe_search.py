@@ -1,10 +1,12 @@
 """The batch that a search finds: it was really run, it fits, nothing else in the process has changed."""
 
+import ctypes
 import dataclasses
 import gc
 import itertools
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +15,16 @@ from hypothesis import strategies as st
 from tiny import same, tiny_config, tiny_setup, tiny_trainer, write_text
 
 import newllm_lib as nl
+from newllm_lib.buffers import BUFFERS
 from newllm_lib.checkpoint import generator_states
 from newllm_lib.hardware import OUT_OF_MEMORY as WORDINGS
 from newllm_lib.planning import memory_estimate_bytes, with_batch
+from newllm_lib.probe import memory as memory_room
 from newllm_lib.probe import search, tries
 from newllm_lib.probe.memory import ProcessMemory
 from newllm_lib.probe.search import fastest_small, find_batch, has_stalled, largest_that_ran, search_batch
 from newllm_lib.probe.store import Store
-from newllm_lib.probe.tries import ABOVE_LIMIT, OUT_OF_MEMORY, RAN, Try, run_try
+from newllm_lib.probe.tries import ABOVE_LIMIT, OUT_OF_MEMORY, RAN, Try, expected_seconds, run_try
 from newllm_lib.recurrence import fused
 from newllm_lib.recurrence.selfcheck import EngineChoice
 
@@ -126,14 +130,21 @@ def test_the_smallest_size_may_be_too_large(text):
         found(tiny_setup(text, eval_batch_size=1), "fill", Device(room=0))
 
 
+def test_a_warm_up_that_memory_ends_leaves_nothing_behind(text):
+    device = Device(room=3)
+    assert sizes(found(tiny_setup(text, eval_batch_size=2), "fill", device)) == [8, 4, 2]
+    assert device.alive == [False] * (1 + 2 + 3)  # of the warm-up, and of each try, when the next one began
+
+
 def test_an_evaluation_that_does_not_fit_is_told(text):
     with pytest.raises(ValueError, match=r"in the evaluation of 10 sequences at once: .* smaller eval_batch_size may"):
         found(tiny_setup(text, eval_batch_size=10), "fill", Device(room=9))
 
 
-def test_other_errors_are_not_taken_for_it(text):
+@pytest.mark.parametrize("room", [0, 9])
+def test_other_errors_are_not_taken_for_it(text, room):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        found(tiny_setup(text), "fill", Device(room=9, error=RuntimeError("shapes cannot be multiplied")))
+        found(tiny_setup(text), "fill", Device(room=room, error=RuntimeError("shapes cannot be multiplied")))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +190,50 @@ def test_the_time_ends_the_search_and_that_is_said(text):
     choice = found(tiny_setup(text), "fill", seconds=0.0)
     assert (sizes(choice), choice.ended_by) == ([8], "time")
     assert choice.reason.endswith("tried up to 8: the 0 s for the search, not the memory, ended it")
+
+
+@pytest.mark.parametrize(
+    ("step", "full", "seconds", "batch_size", "expected"),
+    [
+        # 0.2 + 5 steps of 0.1 of the 1.2 s are steps; then 0.4 + 3 of 0.2, or 0.3 + 4 of 0.15
+        (0.1, 0.2, 1.2, 16, 0.5 + 1.0),
+        (0.1, 0.2, 1.2, 12, 0.5 + 0.9),
+        (0.1, 0.2, 0.6, 16, 1.0),  # unevenly timed
+        # 3 + 3 steps of 2 of the 11 s are steps; then 6 + 2 of 4, or 12 + one of 8, which is long enough
+        (2.0, 3.0, 11.0, 16, 2.0 + 14.0),
+        (2.0, 3.0, 11.0, 32, 2.0 + 20.0),
+    ],
+)
+def test_how_long_a_larger_try_will_take(monkeypatch, step, full, seconds, batch_size, expected):
+    monkeypatch.setattr(tries, "_SECONDS", 0.5)
+    monkeypatch.setattr(tries, "_STEPS", 3)
+    facts = {"step_seconds": step, "full_seconds": full, "seconds": seconds, "outcome": RAN}
+    assert expected_seconds(Try(batch_size=8, micro_batch_size=None, **facts), batch_size) == pytest.approx(expected)
+
+
+def test_what_a_process_pays_once_is_not_taken_for_the_first_try(text, monkeypatch):
+    """On a stand-in clock: an engine that is compiled for a second, then takes 50 ms for a step and 1 ms for a row."""
+    clock = SimpleNamespace(now=0.0, compiled=False)
+
+    class Timed(Device):
+        def run(self, weights, tokens, *rest):
+            clock.now += 0 if clock.compiled else 1
+            clock.now += 0.05 + 0.001 * len(tokens) if torch.is_grad_enabled() else 0.2
+            clock.compiled = True
+            return super().run(weights, tokens, *rest)
+
+    stand_in = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
+    for room in (tries, search):
+        monkeypatch.setattr(room, "time", stand_in)
+    monkeypatch.setattr(tries, "_SECONDS", 0.5)
+    monkeypatch.setattr(tries, "_STEPS", 3)
+    choice = found(tiny_setup(text, eval_batch_size=100), "fill", Timed(), seconds=5.0)
+    # each: 8 rows, full rows and an evaluation: 0.258 s and a step; then 9, 8, 7 and 5 steps
+    taken = [0.258 + 10 * 0.058, 0.258 + 9 * 0.066, 0.258 + 8 * 0.082, 0.258 + 6 * 0.114]
+    assert [one.seconds for one in choice.tries] == pytest.approx(taken)
+    assert [one.step_seconds for one in choice.tries] == pytest.approx([0.058, 0.066, 0.082, 0.114])
+    assert (sizes(choice), choice.ended_by) == ([8, 16, 32, 64], "time")  # 128 would take until 5.77
+    assert clock.now == pytest.approx(1.058 + sum(taken)) == pytest.approx(4.604)
 
 
 def test_a_system_that_kills_is_never_asked_for_more_than_the_limit(text):
@@ -438,6 +493,54 @@ def test_memory_of_a_process_is_seen(text, monkeypatch):
     setup = tiny_setup(text)
     tried = run_try(setup, memory, 2**40)
     assert (tried.peak_bytes, tried.reason) == (memory_estimate_bytes(setup), "memory estimated from the shapes")
+
+
+def process_memory(text):
+    memory = ProcessMemory(tiny_setup(text).machine)
+    memory.start()
+    if memory.peak_bytes() is None:
+        pytest.skip("this system does not let a process begin a new peak, or keeps what is freed")
+    return memory
+
+
+def test_a_second_search_sees_as_much_memory_as_the_first(text):
+    process_memory(text)
+    shape = {"hidden_dim": 512, "num_layers": 6, "context_dim": 256, "embed_dim": 128}
+    setup = tiny_setup(text, precision="bf16", batch_size=320, **shape)
+    lines = []
+    first, *others = (
+        search_batch(setup, "recipe", memory_share=share, report=lines.append).peak_bytes for share in (0.9, 0.8, 0.7)
+    )
+    # weights, gradients and Adam's two moments in FP32; a hidden vector for each slot and layer in BF16
+    assert first > 16 * setup.config.model.num_parameters + 2 * 320 * 11 * 6 * 512 > 50 * MIB
+    assert all(0.75 * first < other < 1.25 * first for other in others), (first, others)
+    assert "found earlier" not in "".join(lines)
+
+
+def test_what_the_pool_of_blocks_holds_is_given_back_first(text):
+    like, memory = torch.empty(0), process_memory(text)
+    for _ in range(2):
+        BUFFERS.empty(32 * MIB // 4, like=like).fill_(1)  # back in the pool at once
+        assert BUFFERS.kept_bytes > 32 * MIB
+        memory.clear()
+        assert BUFFERS.kept_bytes == 0
+        memory.start()
+        BUFFERS.empty(32 * MIB // 4, like=like).fill_(1)
+        assert memory.peak_bytes() > 31 * MIB
+    memory.clear()
+
+
+def test_an_allocator_that_gives_nothing_back_is_not_believed(text, monkeypatch):
+    memory = process_memory(text)
+    glibc, asked = ctypes.CDLL("libc.so.6"), []
+    loaded = SimpleNamespace(malloc=glibc.calloc)  # in the place of glibc's, as a preloaded library does
+    monkeypatch.setattr(memory_room.ctypes, "CDLL", lambda name: glibc if name else loaded)
+    memory.start()
+    assert memory.peak_bytes() is None
+    loaded.MallocExtension_ReleaseFreeMemory = lambda: asked.append("TCMalloc")
+    memory.start()
+    assert memory.peak_bytes() is not None
+    assert asked == ["TCMalloc"]
 
 
 # --- remembered -------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from newllm_lib import cli, report
 from newllm_lib.cli import training
 from newllm_lib.config import RunConfig
+from newllm_lib.notebook.progress import curves_png
 from newllm_lib.runs import Run
 
 RECORD = {
@@ -61,6 +64,28 @@ def test_losses_that_are_not_finite_are_told_and_never_the_best(tmp_path, capsys
     assert ("best validation perplexity 20.10 at step 4" in printed) == (best is GOOD)
     assert ("best validation perplexity inf at step 3" in printed) == (best is OVERFLOWN)
     assert ("No validation yet" in (tmp_path / "report.md").read_text()) == (best is None)
+
+
+@pytest.mark.parametrize("epochs", [[0.0154], [0.3077], [12.3456], [0.0154, 0.0308], [*range(1, 51)]], ids=len)
+@pytest.mark.parametrize("draw", ["curves.png", "live"])
+def test_epochs_begin_at_0_and_their_labels_do_not_touch(tmp_path, monkeypatch, draw, epochs):
+    """The measured places of the labels on the drawn picture, at least a space apart; the last point within it."""
+    drawn, subplots = [], Figure.subplots
+    monkeypatch.setattr(Figure, "subplots", lambda figure, *args: drawn.append(subplots(figure, *args)) or drawn[0])
+    history = [GOOD | {"epoch": epoch, "val_bits_per_byte": None, "val_word_ppl": None} for epoch in epochs]
+    record = RECORD | {"best": history[0], "published_protocol": False}
+    if draw == "live":
+        curves_png(record, history)
+    else:
+        report.write_curves(tmp_path, record, history)
+    for axes in drawn[0]:
+        left, right = axes.get_xlim()
+        assert left == 0
+        assert epochs[-1] < right < 1.1 * epochs[-1]
+        shown = [label for label in axes.get_xticklabels() if left <= label.get_position()[0] <= right]
+        boxes = [label.get_window_extent() for label in shown]
+        assert len(boxes) >= 3
+        assert all(after.x0 - before.x1 > 8 for before, after in pairwise(boxes))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def _print_run(run, as_json: bool) -> None:
     if run.best is None:
         return
     best = next(row for row in rows if row["step"] == run.best["step"])
-    click.echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']}")
+    click.echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}")
     if run.record["published_protocol"]:
         for level, title, row in report.milestones(rows):
             reached = "not reached" if row is None else f"{row['train_seconds']:.0f} s of training"

@@ -97,7 +97,7 @@ class Mirror:
         self._synced = self._copy.restore(tell)
         if self._synced:
             ago, step = _span(self._clock() - self._synced[0]), self._synced[1]
-            tell(f"brought back from {self.place}: step {step}, copied {ago} ago")
+            tell(f"brought back from {self.place}: step {step:,}, copied {ago} ago")
 
     def request(self) -> None:
         """Something was saved: copy it soon. Returns at once; while a copy is under way, one more is noted."""

@@ -15,7 +15,7 @@ from newllm_lib.diagnose import Row, follow
 from newllm_lib.mirror import Safety
 from newllm_lib.notebook.colab import unsaved
 from newllm_lib.notebook.progress import View, curves_png, page, summary
-from newllm_lib.progress import Progress, TerminalProgress
+from newllm_lib.progress import Progress, TerminalProgress, rows_before
 
 __all__ = ["NotebookProgress", "in_notebook"]
 
@@ -87,9 +87,14 @@ class NotebookProgress(Progress):
         self._show(important=True)
 
     def validated(self, row: Row, best: bool) -> None:
-        """Add the row to the table and to the curves."""
-        self._view.status = "training"
-        self._view.rows.append(row)
+        """Add the row to the table and to the curves; rows that a run has gone back behind are taken out."""
+        view = self._view
+        view.status = "training"
+        kept = rows_before(view.rows, row)
+        if len(kept) < len(view.rows):
+            self._followed, view.spells = 0, {}
+            self._plotted = min(self._plotted, len(kept))
+        view.rows = [*kept, row]
         self._hand_over("validated", row, best)
         self._show(important=True)
         self._last_step = self._clock()  # so that the validation counts for no step
@@ -165,8 +170,8 @@ class NotebookProgress(Progress):
         self._plain = TerminalProgress(sys.stdout)
         self._plain.message(f"warning: the live display failed ({type(error).__name__}: {error}); plain lines instead")
         if self._view.record is not None:
-            unshown = sum(event == "validated" for event, _ in self._unshown)
-            self._plain.begin(self._view.record, self._view.rows[: len(self._view.rows) - unshown])
+            unshown = [id(details[0]) for event, details in self._unshown if event == "validated"]
+            self._plain.begin(self._view.record, [row for row in self._view.rows if id(row) not in unshown])
         if self._safety is not unsaved:
             self._plain.watch(self._safety)
         for event, details in self._unshown:

@@ -136,7 +136,9 @@ def offer_download(path: str | Path) -> None:
     if _in_notebook() and path.resolve().is_relative_to(Path.cwd()):  # what a notebook's server can link to
         from IPython.display import FileLink, display
 
-        display(FileLink(os.path.relpath(path)))
+        link = FileLink(os.path.relpath(path))
+        link.html_link_str = "<a href='%s' download>%s</a>"  # JupyterLab opens other links as text, which fails
+        display(link)
 
 
 def _download_from_colab(path: Path, size: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from newllm_lib import published
 from newllm_lib.diagnose import Row, Spell, best_row, number
 from newllm_lib.mirror import Safety
-from newllm_lib.report import duration
+from newllm_lib.report import duration, set_epoch_axis
 
 # --- the page ---------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ def curves_png(record: dict[str, Any] | None, history: list[Row]) -> bytes:
         for axes, title in ((loss, "loss (nats a token)"), (ppl, "perplexity"), (accuracy, "accuracy (%)")):
             axes.set_title(title)
             axes.set_xlabel("epochs", labelpad=1)
-            axes.locator_params("x", nbins=6)  # the long labels of one row alone do not touch
+            set_epoch_axis(axes)
             axes.legend()
         canvas = FigureCanvasAgg(figure)
         canvas.draw()

@@ -16,7 +16,7 @@ from newllm_lib.planning import matrix_parameters
 from newllm_lib.text.prepare import cache_folder
 from newllm_lib.trainer import Setup
 
-VERSION = 1
+VERSION = 2
 """Raise it when what is kept, or what it was measured with, changes its meaning."""
 _SPEED_FIELDS = {"facts", "batch_size", "rows", "tokens_per_second"}
 _MOST = 300

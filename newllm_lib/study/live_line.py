@@ -43,7 +43,7 @@ class LiveLine(Progress):
 
     def step(self, step: int, total_steps: int, epoch: float, loss: float, tokens_per_second: float) -> None:
         """Rewrite the moving line."""
-        self._move(f"step {step} of {total_steps}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
+        self._move(f"step {step:,} of {total_steps:,}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
 
     def evaluating(self) -> None:
         """Say so in the moving line."""

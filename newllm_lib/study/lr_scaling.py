@@ -27,7 +27,7 @@ from newllm_lib.report import duration, finite
 from newllm_lib.schedule import peak_rate
 from newllm_lib.study import lr_scaling_report
 from newllm_lib.study.live_line import LiveLine
-from newllm_lib.study.members import failure_of, has_ended, listed, train_member
+from newllm_lib.study.members import check_length, claim, failure_of, has_ended, listed, train_member
 from newllm_lib.text.prepare import Split
 from newllm_lib.trainer import Setup
 
@@ -139,8 +139,12 @@ def lr_scaling(
     batch) what every cell reads. batch_sizes and rules: None = the grid's own; a rule is none, linear or sqrt, or
     "linear:512" to start from another batch. seeds: None = the configuration's; several show what a seed changes. Lists
     may be texts with commas.
-    The same call goes on where the last one stopped; finished cells are read. A cell that breaks down is a result.
-    Raises ValueError for what makes no grid, KeyboardInterrupt when a run was interrupted (it is saved).
+    The same call goes on where the last one stopped; finished cells are read. A cell that breaks down is a result. The
+    folder, `name` under `results_dir`, holds one grid: its key is made of the text, of every setting that makes a run's
+    identity, and of epochs, max_steps, validate_every_steps and precision; None = named by that key. Other batches,
+    rules, initialisations and seeds only add runs to it.
+    Raises ValueError for what makes no grid, for a folder of another grid, and for a cell that somebody has trained for
+    longer than the grid plans; KeyboardInterrupt when a run was interrupted (it is saved).
     """
     grid = GRIDS[config]() if isinstance(config, str) and config in GRIDS else None
     config = (grid.config if grid else runs.resolve(config)).replace(**overrides)
@@ -151,14 +155,19 @@ def lr_scaling(
     setup = make_setup(config)
     for size in batch_sizes:  # now, not after the cells before it have been trained
         check_batch(setup.config.replace(batch_size=size), setup.train_split)
-    folder = Path(config.results_dir) / (config.name or f"lr_scaling-{_key(setup)[:6]}")
-    copies = [Path(config.mirror_dir) / folder.name] if config.mirror_dir and Path(config.mirror_dir).is_dir() else []
-    for copy in copies:
-        copy.mkdir(exist_ok=True)
+    key = _key(setup)
+    folder = Path(config.results_dir) / (config.name or f"lr_scaling-{key[:6]}")
+    places = [folder]
+    if config.mirror_dir and Path(config.mirror_dir).is_dir():
+        places.append(Path(config.mirror_dir) / folder.name)
     cells = grid_cells(setup, batch_sizes, rules, initialisations, seeds, folder)
+    claim(places, key, setup, **_more(setup))
+    for place in places:
+        for cell in cells:
+            check_length(place / cell.config.name, cell_steps(setup, cell.batch_size))
     _train(cells, setup, progress or LiveLine())
-    study = _study(folder, setup, cells)
-    for place in (folder, *copies):
+    study = _study(folder, key, setup, cells)
+    for place in places:
         study.write(place)
     return study
 
@@ -181,6 +190,11 @@ def _check(config: RunConfig, batch_sizes, rules, initialisations, seeds) -> Non
         raise ValueError(
             "TrainConfig.batch_size must be a number here (batch_policy recipe): it is where the rules start"
         )
+    if config.data.layout != "windows":
+        raise ValueError(
+            f"DataConfig.layout = {config.data.layout!r}: must be windows here: a stream has as many lanes as the "
+            "batch has sequences, so that cells would not read the same sequences"
+        )
 
 
 def parse_rule(text: str, batch_base: int) -> tuple[str, int]:
@@ -195,9 +209,14 @@ def parse_rule(text: str, batch_base: int) -> tuple[str, int]:
 
 def _key(setup: Setup) -> str:
     """Hash of what all cells have in common."""
+    return hashlib.sha256(json.dumps([setup.identity, *_more(setup).values()]).encode()).hexdigest()
+
+
+def _more(setup: Setup) -> dict[str, Any]:
+    """What makes a grid beside the identity of its configuration."""
     train = setup.config.train
-    parts = [setup.identity, train.epochs, train.max_steps, train.validate_every_steps, setup.precision.name]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    names = ("epochs", "max_steps", "validate_every_steps")
+    return {name: getattr(train, name) for name in names} | {"precision": setup.precision.name}
 
 
 def grid_cells(setup: Setup, batch_sizes, rules, initialisations, seeds, folder: Path) -> list[Cell]:
@@ -265,7 +284,7 @@ def _train(cells: list[Cell], setup: Setup, progress: LiveLine) -> None:
     for number, cell in enumerate(todo, 1):
         known, started = has_ended(cell.config, fingerprint), time.monotonic()
         progress.label = f"{number} of {len(todo)}  {run_title(sharing[cell.config.name])}"
-        run = train_member(cell.config, fingerprint, progress)
+        run = train_member(cell.config, fingerprint, cell_steps(setup, cell.batch_size), progress)
         if known:
             continue
         seconds.setdefault(cell.batch_size, []).append(time.monotonic() - started)
@@ -295,13 +314,14 @@ def _seconds_left(todo: list[Cell], seconds: dict[int, list[float]], fingerprint
 # --- what the runs say -------------------------------------------------------------------------------------------
 
 
-def _study(folder: Path, setup: Setup, cells: list[Cell]) -> LrScalingStudy:
+def _study(folder: Path, key: str, setup: Setup, cells: list[Cell]) -> LrScalingStudy:
     import pandas
 
     unigram = unigram_perplexity(setup.train_split, setup.validation_split, setup.config.model.vocab_size)
     found = {cell.config.name: runs.load(folder / cell.config.name) for cell in cells}
     histories = {name: run.history for name, run in found.items()}
     record = {
+        "key": key,
         "preset": setup.config.preset,
         "data": setup.prepared.corpus_name,
         "sequences": setup.total_steps * setup.config.train.batch_size

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from newllm_lib import runs
-from newllm_lib.config import RunConfig
+from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.files import write_text_atomic
 from newllm_lib.progress import Progress
 from newllm_lib.report import read_record
 from newllm_lib.step import TrainingError
-from newllm_lib.trainer import Trainer
+from newllm_lib.trainer import Setup, Trainer
+
+SETTINGS = "settings.json"
+"""What makes a study, in its folder before the first run, so that no other one is mixed into it."""
 
 FAILURE = "failure.txt"
 """What a run leaves in its folder when training breaks down; it is not tried again while this is there."""
@@ -26,28 +31,78 @@ def listed(values: str | Iterable, kind: type = str) -> tuple:
         raise ValueError(f"{values!r}: must be whole numbers with commas between") from None
 
 
+def claim(places: Sequence[Path], key: str, setup: Setup, **more: Any) -> None:
+    """Make folders those of the study of a key; ValueError, and nothing written, where one is another study's.
+
+    more: what makes the key beside the text and the settings that make a run's identity; both are named where they
+    differ.
+    """
+    fields = {
+        name: getattr(getattr(setup.requested, item.section), name)
+        for name, item in flat_fields().items()
+        if item.metadata["identity"] and name != "data"
+    }
+    data = f"{setup.prepared.corpus_name} (sha256 {setup.prepared.fingerprint[:16]}…)"
+    mine = json.loads(json.dumps({"key": key, "data": data} | fields | more))  # as it will be read back
+    for place in places:
+        earlier = _claimed(place)
+        if earlier.get("key") not in (None, key):
+            found = [(name, earlier[name], mine[name]) for name in mine if name != "key" and name in earlier]
+            changed = "; ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in found if old != new)
+            raise ValueError(
+                f"{place}: holds a study with other settings{changed and f': {changed}'}. Give this one another name, "
+                "or move that folder away"
+            )
+    for place in places:
+        if not _claimed(place):
+            place.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(place / SETTINGS, json.dumps(mine, indent=2) + "\n")
+
+
+def _claimed(place: Path) -> dict[str, Any]:
+    """What makes the study in a folder; of one from before SETTINGS its key, None where it was not kept either."""
+    if (place / SETTINGS).is_file():
+        return json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+    if (place / "study.json").is_file():
+        return {"key": json.loads((place / "study.json").read_text(encoding="utf-8")).get("key")}
+    return {}
+
+
+def check_length(folder: Path, total_steps: int) -> None:
+    """ValueError where a run has more steps than its study plans: its figures would come from more training."""
+    step = read_record(folder).get("step") if (folder / "run.json").is_file() else None
+    if step is not None and step > total_steps:
+        raise ValueError(
+            f"{folder}: has trained {step:,} steps, and this study plans {total_steps:,}: it was continued on its own, "
+            "and would be compared with runs that trained less. Move that folder out of the study, which then trains "
+            "this run anew"
+        )
+
+
 def train_member(
     config: RunConfig,
     fingerprint: str,
+    total_steps: int,
     progress: Progress | None = None,
     watch: Callable[[Trainer], None] = lambda trainer: None,
 ) -> runs.Run:
     """The run of a configuration with a name of its own, ended in one way or another.
 
-    fingerprint: of the data. A run that breaks down is left as it is, which is a result too (`failure_of`). Raises
-    KeyboardInterrupt where it was interrupted; it is saved, and the same call goes on with it.
+    fingerprint: of the data; total_steps: what the study plans for it. A run that breaks down is left as it is, which
+    is a result too (`failure_of`). Raises KeyboardInterrupt where it was interrupted (it is saved, and the same call
+    goes on with it), ValueError as `check_length`.
     """
     folder = Path(config.results_dir) / config.name
-    if has_ended(config, fingerprint):
-        return runs.load(folder)
-    try:
-        run = runs.train(config, progress=progress, watch=watch)
-    except TrainingError as error:
-        write_text_atomic(folder / FAILURE, f"{error}\n")
-        return runs.load(folder)
-    if run.record["status"] == "interrupted":
-        raise KeyboardInterrupt(f"{folder}: interrupted; the same call goes on from here")
-    return run
+    if not has_ended(config, fingerprint):
+        try:
+            run = runs.train(config, progress=progress, watch=watch)
+        except TrainingError as error:
+            write_text_atomic(folder / FAILURE, f"{error}\n")
+        else:
+            if run.record["status"] == "interrupted":
+                raise KeyboardInterrupt(f"{folder}: interrupted; the same call goes on from here")
+    check_length(folder, total_steps)  # again: a copy or a checkpoint may have been further than its record
+    return runs.load(folder)
 
 
 def has_ended(config: RunConfig, fingerprint: str) -> bool:
@@ -58,9 +113,9 @@ def has_ended(config: RunConfig, fingerprint: str) -> bool:
     record, train = read_record(folder), config.train
     planned = record["config"]["train"]
     same = record.get("identity") == config.identity(fingerprint)
-    same_length = (planned["epochs"], planned["max_steps"]) == (train.epochs, train.max_steps)
+    same_plan = all(planned[name] == getattr(train, name) for name in ("epochs", "max_steps", "patience"))
     ended = record["status"] in ("finished", "stopped early") or failure_of(folder) is not None
-    return same and same_length and ended
+    return same and same_plan and ended
 
 
 def failure_of(folder: Path) -> str | None:

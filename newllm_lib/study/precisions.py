@@ -26,7 +26,7 @@ from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup
 from newllm_lib.progress import Progress
 from newllm_lib.study import precisions_report
-from newllm_lib.study.members import failure_of, listed, train_member
+from newllm_lib.study.members import check_length, claim, failure_of, listed, train_member
 from newllm_lib.study.rounding import rounding_errors
 from newllm_lib.study.step_log import StepLog, Weights, read_steps
 from newllm_lib.trainer import Setup, Trainer
@@ -121,23 +121,28 @@ def compare_precisions(
     hardware lacks gives way to the nearest 16-bit one, or is emulated (slowly) with `emulate_precision=True`, or where
     that is the only way to have two. control_seed: train a further run in the first format with another seed.
     progress: shows every run, None = as `train` does; report: gets a line before each run. The same call goes on where
-    the last one stopped; what is finished is read. Raises ValueError for formats that make no comparison,
-    KeyboardInterrupt when a run was interrupted (it is saved).
+    the last one stopped; what is finished is read. Raises ValueError for formats that make no comparison, for a folder
+    of another study, and for a run that somebody has trained for longer; KeyboardInterrupt when a run was interrupted
+    (it is saved).
     """
     config, precisions = runs.resolve(config, **overrides), listed(precisions)
     setup = make_setup(config.replace(precision="fp32"))
     _check(config, precisions)
     formats = available_formats(precisions, setup.machine, config.train.emulate_precision)
-    key = _key(setup, formats, control_seed)
+    more = _more(setup, formats, control_seed)
+    key = hashlib.sha256(json.dumps([setup.identity, *more.values()]).encode()).hexdigest()
     folder = Path(config.results_dir) / (config.name or f"precisions-{key[:6]}")
-    if finished := _finished(folder, key):
+    claim([folder], key, setup, **more)
+    if finished := _finished(folder):
         report(f"this study is finished: {folder}")
         return finished
     members = _members(config.replace(batch_size=setup.config.train.batch_size), formats, control_seed, folder)
+    for member in members:
+        check_length(folder / member.label, setup.total_steps)
     weights = Weights(folder / "weights")
     for number, member in enumerate(members, 1):
         report(f"run {number} of {len(members)}: {member.label} ({member.precision.reason})")
-        _train(member, weights, setup.prepared.fingerprint, number == 1, progress)
+        _train(member, weights, setup, number == 1, progress)
     study = _study(folder, key, setup, members, precisions)
     study.write(folder)
     weights.remove()
@@ -178,23 +183,18 @@ def available_formats(precisions: Sequence[str], machine: Machine, emulate: bool
     return distinct
 
 
-def _key(setup: Setup, formats: list[Precision], control_seed: bool) -> str:
-    """Hash of what defines a study: its first run, how long it trains and is validated, its other runs."""
-    train = setup.config.train
-    parts = [setup.identity, setup.total_steps, train.validate_every_steps, train.patience, train.decay_steps]
-    parts += [[found.name for found in formats], control_seed, setup.machine.kind]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _more(setup: Setup, formats: list[Precision], control_seed: bool) -> dict[str, Any]:
+    """What makes a study beside its first run's identity: how long that trains and is validated, the other runs."""
+    names = ("validate_every_steps", "patience", "decay_steps")
+    plan = {"steps": setup.total_steps} | {name: getattr(setup.config.train, name) for name in names}
+    others = {"formats": [found.name for found in formats], "control_seed": control_seed}
+    return plan | others | {"machine": setup.machine.kind}
 
 
-def _finished(folder: Path, key: str) -> PrecisionStudy | None:
-    """The study of that key, if it is whole; ValueError when the folder holds another one."""
-    try:
-        study = PrecisionStudy.read(folder)
-    except FileNotFoundError:
-        return None
-    if study.record["key"] != key:
-        raise ValueError(f"{folder}: holds a study with other settings; give this one another name (--name)")
-    return study if study.record["version"] == _VERSION else None
+def _finished(folder: Path) -> PrecisionStudy | None:
+    """The study in a folder, if it is whole."""
+    study = PrecisionStudy.read(folder) if (folder / "study.json").is_file() else None
+    return study if study and study.record["version"] == _VERSION else None
 
 
 def _members(config: RunConfig, formats: list[Precision], control_seed: bool, folder: Path) -> list[Member]:
@@ -210,7 +210,7 @@ def _members(config: RunConfig, formats: list[Precision], control_seed: bool, fo
     ]
 
 
-def _train(member: Member, weights: Weights, fingerprint: str, first: bool, progress: Progress | None) -> None:
+def _train(member: Member, weights: Weights, setup: Setup, first: bool, progress: Progress | None) -> None:
     """Train, continue or read a run, its steps recorded."""
     beginning: list[NewLLM] = []
 
@@ -221,7 +221,7 @@ def _train(member: Member, weights: Weights, fingerprint: str, first: bool, prog
     path = Path(member.config.results_dir) / member.label / STEPS_FILE
     log = StepLog(path, lambda model, batch: weights.measure(beginning[0], model, batch, first))
     with log.open():
-        train_member(member.config, fingerprint, progress, watch)
+        train_member(member.config, setup.prepared.fingerprint, setup.total_steps, progress, watch)
 
 
 def fresh_model(setup: Setup) -> NewLLM:

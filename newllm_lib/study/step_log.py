@@ -42,30 +42,41 @@ def read_steps(path: Path) -> DataFrame:
 class StepLog:
     """Keeps `steps.csv` while a run trains: `with log.open(): train(..., watch=log.watch)`.
 
-    Every line is handed to the system at once, so that a killed process loses none that its newest checkpoint counts;
-    a run that goes on from a checkpoint drops the lines after it. measure(model, batch) gives "moved" and "distance"
-    after the steps that `marked` names.
+    Every line is handed to the system at once, so that a killed process loses none that its newest checkpoint counts.
+    A run that goes on from a checkpoint, or goes back to one because memory ran out in the middle of an update, drops
+    the lines after it. measure(model, batch) gives "moved" and "distance" after the steps that `marks` names.
     """
 
     def __init__(self, path: Path, measure: Callable[[NewLLM, int], tuple[float, float]]):
         self._path, self._measure = path, measure
         self._trainer: Trainer | None = None
+        self._last = 0  # the batch of the last line
 
     @contextmanager
     def open(self) -> Iterator[StepLog]:
         """Close the file at the end, however that comes."""
         with contextlib.ExitStack() as self._files:
-            yield self
+            try:
+                yield self
+            finally:
+                if self._trainer and self._batches() < self._last:  # gone back, and never came so far again
+                    self._keep(self._batches())
 
     def watch(self, trainer: Trainer) -> None:
         """Follow a trainer from where it stands."""
         self._trainer = trainer
+        self._keep(self._batches())
+        trainer.on_step = self._record
+
+    def _keep(self, batches: int) -> None:
+        """Leave the lines up to so many batches in the file, and write after them."""
+        self._files.close()
         kept = read_steps(self._path)
-        kept = kept[kept["batch"] <= self._batches()]
+        kept = kept[kept["batch"] <= batches]
         write_text_atomic(self._path, kept.to_csv(index=False, lineterminator="\n"))
         file = self._files.enter_context(self._path.open("a", buffering=1, encoding="utf-8"))
         self._writer = csv.writer(file, lineterminator="\n")
-        trainer.on_step = self._record
+        self._last = batches
 
     def _batches(self) -> int:
         state = self._trainer.state
@@ -73,6 +84,9 @@ class StepLog:
 
     def _record(self, result: StepResult) -> None:
         trainer, batch = self._trainer, self._batches()
+        if batch <= self._last:
+            self._keep(batch - 1)
+        self._last = batch
         moved = distance = None
         if batch in marks(trainer.setup.total_steps):
             moved, distance = self._measure(trainer.model, batch)

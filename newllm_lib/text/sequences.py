@@ -39,17 +39,22 @@ def windows(texts: EncodedTexts, length: int, stride: int, min_words: int) -> np
     A text becomes BOS + ids + EOS. Up to `length` ids: one padded row. Longer: rows of `length` whose starts are
     `stride` apart, the incomplete tail dropped. Texts of fewer than `min_words` ids are skipped.
     """
-    rows = []
-    for index in range(len(texts)):
-        ids = texts[index]
-        if len(ids) < min_words:
-            continue
-        marked = np.concatenate(([BOS], ids, [EOS])).astype(np.int32)
-        if len(marked) <= length:
-            rows.append(np.pad(marked, (0, length - len(marked)), constant_values=PAD)[None])
-        else:
-            rows.append(np.lib.stride_tricks.sliding_window_view(marked, length)[::stride])
-    return np.concatenate(rows) if rows else np.empty((0, length), dtype=np.int32)
+    words = np.diff(texts.offsets)
+    marked = words + 2  # with BOS and EOS
+    ends = np.cumsum(marked)
+    line = np.full(int(ends[-1]) + length if len(ends) else length, PAD, dtype=np.int32)  # all texts in a row
+    line[ends - marked], line[ends - 1] = BOS, EOS
+    between = np.zeros(len(line), dtype=bool)
+    between[: len(line) - length] = True
+    between[ends - marked] = between[ends - 1] = False
+    line[between] = texts.ids
+    used = words >= min_words
+    firsts, marked = (ends - marked)[used], marked[used]
+    rows = np.where(marked <= length, 1, (marked - length) // stride + 1)
+    within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)  # 0, 1, ... in each text
+    out = np.lib.stride_tricks.sliding_window_view(line, length)[np.repeat(firsts, rows) + stride * within]
+    out[np.arange(length) >= np.repeat(marked, rows)[:, None]] = PAD  # what follows a short text in the line
+    return out
 
 
 def stream(texts: EncodedTexts, length: int, lanes: int) -> np.ndarray:

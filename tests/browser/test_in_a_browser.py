@@ -59,6 +59,9 @@ class InABrowser:
         (record,) = records(folder)
         assert (record["status"], record["step"]) == ("finished", 10)
         assert (folder / "results" / f"{record['run']}.zip").is_file()
+        with ui.page.expect_download() as download:
+            ui.output("nl.offer_download(").locator("a").click()
+        assert download.value.suggested_filename == f"{record['run']}.zip"
 
         ui.start_all()
         ui.wait()
@@ -75,6 +78,7 @@ class InABrowser:
         (record,) = records(folder)
         assert record["status"] == "interrupted"
         assert 4 <= record["step"] < 3000
+        expect(train).to_contain_text("stopping after this step, then saving; interrupt again to stop at once")
         expect(train).to_contain_text(f"{record['run']}_step_{record['step']}.pt is saved")
         ui.shot("interrupted", ui.cell("nl.train("))
 
@@ -82,7 +86,7 @@ class InABrowser:
         interrupt_after_validation(ui, train, record["step"])
         assert ui.complained() == []
         expect(train).to_contain_text(f"continuing {record['run']} from")
-        expect(train).to_contain_text(f"step {record['step']} of 3000")
+        expect(train).to_contain_text(f"step {record['step']:,} of 3,000")
         (after,) = records(folder)
         assert (after["run"], after["status"]) == (record["run"], "interrupted")
         assert record["step"] < after["step"] < 3000
@@ -122,7 +126,7 @@ class InABrowser:
         ui.start(ui.cell("nl.train("))
         interrupt_after_validation(ui, train, moved["step"])
         assert ui.complained() == []
-        expect(train).to_contain_text(f"step {moved['step']} of 3000")
+        expect(train).to_contain_text(f"step {moved['step']:,} of 3,000")
         (after,) = [record for record in records(folder) if record != untouched]
         assert after["run"] == moved["run"]
         assert moved["step"] < after["step"] < 3000
