@@ -436,7 +436,7 @@ def test_rows_of_a_try_are_full_and_timed_ones_are_the_runs_own(text):
     copy = tries._Copy(setup)
     full = copy.full_rows(50)
     assert (full.shape, full.dtype, int(full.min()) >= 4, int(full.max()) < 34) == ((50, 12), torch.int64, True, True)
-    rows = torch.cat([copy._batch(number) for number in range(4)])
+    rows = torch.cat([copy.batch(number) for number in range(4)])
     whole = torch.from_numpy(setup.train_split.ids).long()
     assert torch.equal(rows[:339].sort(0).values, whole.sort(0).values)
     assert torch.equal(rows[339:400], rows[:61])  # the epoch again

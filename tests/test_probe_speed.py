@@ -89,8 +89,8 @@ def refuse(*_args):
 def test_the_very_configuration_is_measured_once(text, monkeypatch):
     first = estimate_speed(tiny_setup(text, batch_size=48))
     assert first.tokens_per_second > 100
-    assert first.basis == "scaled from batch 16 and 48 measured here" or first.basis.startswith("measured here")
-    assert {entry["rows"] for entry in Store(tiny_setup(text).machine).speeds()} == {16, 48}
+    assert first.basis == "scaled from batch 32 and 48 measured here" or first.basis.startswith("measured here")
+    assert {entry["rows"] for entry in Store(tiny_setup(text).machine).speeds()} == {32, 48}
     monkeypatch.setattr(speed, "time_steps", refuse)
     again = estimate_speed(tiny_setup(text, batch_size=48, lr=1e-4, epochs=7), measure=False)
     assert again == (first.tokens_per_second, "measured here for this very configuration")
@@ -110,11 +110,11 @@ def test_a_run_that_trained_long_enough_here_is_what_later_plans_go_by(text, tmp
 
 
 def test_a_larger_batch_is_scaled_from_small_ones(text, monkeypatch):
-    taken = {16: (1600.0, 1e-3), 64: (3200.0, 2e-3)}
+    taken = {32: (1600.0, 1e-3), 128: (3200.0, 2e-3)}
     monkeypatch.setattr(speed, "time_steps", lambda setup: taken[setup.config.train.batch_size])
-    assert estimate_speed(tiny_setup(text, batch_size=128)) == (3840.0, "scaled from batch 16 and 64 measured here")
-    assert estimate_speed(tiny_setup(text, batch_size=128, micro_batch_size=32)) == (
-        2400.0, "scaled from batch 16 and 64 measured here",
+    assert estimate_speed(tiny_setup(text, batch_size=256)) == (3840.0, "scaled from batch 32 and 128 measured here")
+    assert estimate_speed(tiny_setup(text, batch_size=256, micro_batch_size=64)) == (
+        2400.0, "scaled from batch 32 and 128 measured here",
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def out_of_memory(*_args):
 def test_a_slow_machine_is_measured_once(text, monkeypatch):
     asked = []
     monkeypatch.setattr(speed, "time_steps", lambda setup: asked.append(setup) or (5.0, 60.0))
-    assert estimate_speed(tiny_setup(text, batch_size=100)) == (5.0, "scaled from batch 16 measured here")
+    assert estimate_speed(tiny_setup(text, batch_size=100)) == (5.0, "scaled from batch 32 measured here")
     assert len(asked) == 1
 
 

@@ -12,7 +12,7 @@ from newllm_lib.probe.store import Store, step_facts
 from newllm_lib.probe.tries import time_steps
 from newllm_lib.trainer import Setup
 
-_CPU_ROWS = (16, 64)
+_CPU_ROWS = (32, 128)
 """Sequences of the short measurements on a CPU: two, for the time of a step is a line over them."""
 _LONG_SECONDS = 2.0
 """A step of the first so long leaves the second out."""
