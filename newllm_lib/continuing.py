@@ -35,7 +35,7 @@ def find_run(
             path for path in (Path(place), *(where / place for where in wheres)) if (path / "run.json").is_file()
         ]
         if not folders:
-            return adopt(fetch(place, Path(results_dir) / "downloads", sha256), results_dir)
+            return adopt(fetch(place, Path(results_dir) / "downloads", sha256, tell=tell), results_dir)
         found = folders[0]
     else:
         folders = [folder for where in wheres for folder in _runs_in(where)]
@@ -58,16 +58,18 @@ def _runs_in(where: Path) -> list[Path]:
 
 
 def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = None, **changes) -> RunConfig:
-    """The configuration with which `train` carries a run on, to a new total of epochs or of steps.
+    """The configuration with which `train` carries a run on, to a new total of epochs or of steps (None = its own end).
 
     A rate that decays to an end gets the new end of the run as its own. changes: fields that define no result
     (patience, mirror_dir, ...), and `data` where the same text now lies in another place. ValueError where the run is
     longer already, or a change would make another run of it.
     """
-    if (epochs is None) == (max_steps is None):
+    if epochs is not None and max_steps is not None:
         raise ValueError(f"epochs = {epochs}, max_steps = {max_steps}: give the new total as one of them")
     _check_same_run(run, changes)
     asked = run.requested
+    if epochs is None and max_steps is None:
+        return asked.replace(**changes)
     config = asked.replace(**changes, epochs=epochs, max_steps=max_steps)
     if asked.train.lr_schedule != "constant" and "decay_steps" not in changes:
         config = config.replace(decay_steps=None)

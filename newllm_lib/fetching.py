@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -20,12 +21,17 @@ _ID = r"[\w-]{15,}"
 
 
 def fetch(
-    source: str | Path, folder: str | Path = "downloads", sha256: str | None = None, *, stall: float = STALL_SECONDS
+    source: str | Path,
+    folder: str | Path = "downloads",
+    sha256: str | None = None,
+    *,
+    stall: float = STALL_SECONDS,
+    tell: Callable[[str], None] = print,
 ) -> Path:
     """The file that `source` names, downloaded to `folder/<id>/` where it is on Google Drive, its hash checked.
 
     source: a file on this machine, the id of a file on Drive that is shared by link, or such a link. sha256: what its
-    content must be; None = anything, and the hash is printed. A file that is there already is not downloaded again.
+    content must be; None = anything, and the hash is told. A file that is there already is not downloaded again.
 
     ValueError when `source` is none of these, Google refuses the file, or the content is another one (a download is
     then deleted); ConnectionError without a network, or when nothing is received for `stall` seconds.
@@ -51,7 +57,7 @@ def fetch(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if sha256 is None:
-        print(f"{target}: sha256 {sha256_of(target)}; give it as sha256 to be sure of the same file next time")
+        tell(f"{target}: sha256 {sha256_of(target)}; give it as sha256 to be sure of the same file next time")
     return target
 
 

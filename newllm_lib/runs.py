@@ -220,10 +220,16 @@ def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> 
         return
     path, payload = found
     trainer.restore(payload, path)
-    state, total = trainer.state, trainer.setup.total_steps
-    best = report.best_row(state.history)
-    so_far = f", best PPL so far {best['val_ppl']:.2f}" if best else ""
-    progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: step {state.step:,} of {total:,}{so_far}")
+    state, setup = trainer.state, trainer.setup
+    total, epoch, best = setup.total_steps, setup.steps_per_epoch, report.best_row(state.history)
+    text = f"step {state.step:,} of {total:,} (epoch {state.step / epoch:.2f} of {total / epoch:.2f})"
+    if best:
+        text += f", best PPL so far {best['val_ppl']:.2f}"
+    speed = estimate_speed(setup, measure=False)
+    if speed and state.step < total:
+        seconds = speed.training_seconds(setup) * (total - state.step) / total
+        text += f", about {report.duration(seconds)} of training left"
+    progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: {text}")
 
 
 def _how_to_extend(trainer: Trainer) -> str:

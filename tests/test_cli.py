@@ -1,5 +1,6 @@
 """The command as a shell sees it: what it prints, its exit status, and what it says about bad input."""
 
+import hashlib
 import json
 import os
 import signal
@@ -69,6 +70,44 @@ def test_a_second_call_says_that_the_run_is_finished(newllm, text, trained):
     assert again.exit_code == 0
     assert "this run has already finished" in again.stderr
     assert again.stdout == trained.stdout
+
+
+def test_a_run_goes_on_to_a_new_total_from_its_folder_its_name_or_as_the_newest(newllm, trained):
+    for place, steps in ((["results/small"], 7), (["small"], 8), ([], 9)):
+        more = newllm("continue", *place, "--max-steps", steps, "--json")
+        assert more.exit_code == 0, more.output
+        record = json.loads(more.stdout)
+        assert (record["run"], record["step"], record["status"]) == ("small", steps, "finished")
+        assert record["config"]["train"]["decay_steps"] == steps  # a cosine gets the new end
+    assert "small: finished" in newllm("continue", "small").stdout  # to its own end, which it has reached
+    plan = json.loads(newllm("continue", "small", "--epochs", 5, "--plan", "--json").stdout)
+    assert "5.00 epochs" in plan["steps"]
+
+
+def test_a_bundle_goes_on_and_its_hash_is_checked(newllm, trained, tmp_path):
+    assert newllm("bundle", "results/small", "--checkpoint", "--out", "small.zip").exit_code == 0
+    digest = hashlib.sha256((tmp_path / "small.zip").read_bytes()).hexdigest()
+    there = ("--results-dir", "there")
+    more = newllm("continue", "small.zip", "--sha256", digest, "--max-steps", 8, *there, "--json")
+    assert json.loads(more.stdout)["step"] == 8
+    assert (tmp_path / "there" / "small" / "model" / "model.safetensors").is_file()
+    other = newllm("continue", "small.zip", "--sha256", "0" * 64, "--results-dir", "elsewhere")
+    assert (other.exit_code, other.stdout) == (FAILED, "")
+    assert "small.zip: another file than was asked for" in other.stderr
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_cannot_be_continued_is_one_message(newllm, trained, tmp_path):
+    for arguments, status, message in (
+        (["--results-dir", "empty"], FAILED, "empty: holds no run that could be continued; name a place"),
+        (["small", "--epochs", 1, "--max-steps", 9], FAILED, "give the new total as one of them"),
+        (["small", "--max-steps", 2], FAILED, "max_steps = 2: small has already trained 6 steps"),
+        (["nowhere"], FAILED, "'nowhere': must be a file on this machine, the id of a file on Google Drive"),
+        (["small", "--dropout", 0.5], USAGE, "No such option"),
+    ):
+        result = newllm("continue", *arguments)
+        assert (result.exit_code, result.stdout) == (status, "")
+        assert message in result.stderr
 
 
 def test_a_plan_trains_nothing(newllm, text, tmp_path):

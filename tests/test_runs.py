@@ -105,8 +105,12 @@ def test_the_same_settings_continue_and_a_finished_run_says_so(config):
     assert run.record["status"] == "interrupted"
     assert run.record["step"] == 5
     second = Quiet()
-    run = nl.train(config, progress=second)
-    assert any("continuing tiny-" in text and "step 5 of 16" in text for text in second.messages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "estimate_speed", lambda setup, measure: planning.Speed(10.0, "measured here"))
+        run = nl.train(config, progress=second)
+    (told,) = (text for text in second.messages if text.startswith("continuing tiny-"))
+    assert "step 5 of 16 (epoch 0.62 of 2.00), best PPL so far " in told
+    assert told.endswith(", about 1 min 31 s of training left")  # 11 steps of 82.75 tokens, 10 a second
     assert run.record["status"] == "finished"
     third = Quiet()
     before = (run.folder / "report.md").stat().st_mtime_ns

@@ -37,6 +37,7 @@ def main() -> None:
 
 for _command in (
     training.train,
+    training.continue_,
     training.list_presets,
     using.evaluate,
     using.generate,

@@ -63,9 +63,12 @@ class Sectioned(click.Command):
 
 def field_options(function: Callable) -> Callable:
     """An option for every configuration field, none of which has a default: the preset has it."""
-    for item in reversed(flat_fields().values()):
-        if item.name == "preset":
-            continue
+    return options_of([item for item in flat_fields().values() if item.name != "preset"], function)
+
+
+def options_of(items: list[FlatField], function: Callable) -> Callable:
+    """An option for each of some fields."""
+    for item in reversed(items):
         flag = "--" + item.name.replace("_", "-")
         if item.type is bool:
             option = click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, help=item.doc)

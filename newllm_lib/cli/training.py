@@ -1,15 +1,17 @@
-"""newllm train, newllm presets."""
+"""newllm train, newllm continue, newllm presets."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from newllm_lib import presets
-from newllm_lib.cli.fields import Sectioned, field_options, overrides_of
+from newllm_lib.cli.fields import Sectioned, field_options, options_of, overrides_of
+from newllm_lib.config import RunConfig, flat_fields
 
 
 @click.command(cls=Sectioned)
@@ -23,9 +25,12 @@ def train(preset: str, plan_only: bool, fresh: bool, as_json: bool, **options: A
 
     Every option changes one field of the preset. The same settings and data continue the same run.
     """
+    _train_or_plan(config_of(preset, overrides_of(options)), fresh, plan_only, as_json)
+
+
+def _train_or_plan(config: RunConfig, fresh: bool, plan_only: bool, as_json: bool) -> None:
     from newllm_lib import runs
 
-    config = config_of(preset, overrides_of(options))
     if plan_only:
         _, lines = runs.plan(config)
         if as_json:
@@ -39,7 +44,42 @@ def train(preset: str, plan_only: bool, fresh: bool, as_json: bool, **options: A
         sys.exit(1)
 
 
-def config_of(preset: str, overrides: dict[str, Any]):
+def _continuing_options(function: Callable) -> Callable:
+    """The length, and the fields that may differ between two parts of a run."""
+    items = [item for name, item in flat_fields().items() if name not in ("preset", "name")]
+    return options_of([item for item in items if item.name == "data" or not item.metadata["identity"]], function)
+
+
+@click.command("continue", cls=Sectioned)
+@click.argument("place", default="")
+@click.option("--sha256", help="What the content of a file must be (64 hex digits).")
+@click.option("--plan", "plan_only", is_flag=True, help="Show every decision and the cost, and train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON.")
+@_continuing_options
+def continue_(place: str, sha256: str | None, plan_only: bool, as_json: bool, **options: Any) -> None:
+    """Train a run on, to its own end, or to a new one: --epochs or --max-steps.
+
+    PLACE is the run's folder or name, a bundle with a checkpoint, a checkpoint file, or the id of such a file on Google
+    Drive; left out, it is the newest run of --results-dir and of the copies in --mirror-dir. A rate that decays to an
+    end gets a new end. --data says where the run's text lies, if that is not where it was.
+    """
+    from newllm_lib import continuing
+
+    given = overrides_of(options)
+    results_dir = given.pop("results_dir", RunConfig().results_dir)
+    found = continuing.find_run(
+        place,
+        results_dir=results_dir,
+        mirror_dir=given.get("mirror_dir"),
+        sha256=sha256,
+        tell=lambda text: click.echo(text, err=True),
+    )
+    if found is None:
+        raise click.ClickException(f"{results_dir}: holds no run that could be continued; name a place")
+    _train_or_plan(continuing.extended(found, **given), False, plan_only, as_json)
+
+
+def config_of(preset: str, overrides: dict[str, Any]) -> RunConfig:
     """The configuration of a preset with overrides; a mistake in either is wrong usage (exit status 2)."""
     try:
         return presets.get(preset).replace(**overrides)
