@@ -39,6 +39,7 @@ _HOMES = {
     "import_run": "importing",
     "export": "sharing",
     "bundle": "sharing",
+    "archive": "sharing",
     "open_bundle": "sharing",
     "fetch": "fetching",
     "adopt": "adopting",

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from newllm_lib import report
-from newllm_lib.checkpoint import CheckpointError, Checkpoints, copy_checkpoint, load_checkpoint, valid_step
+from newllm_lib.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    copy_checkpoint,
+    export_model,
+    load_checkpoint,
+    valid_step,
+)
 from newllm_lib.config import RunConfig
 from newllm_lib.files import sha256_of
 from newllm_lib.hardware import detect, environment
 from newllm_lib.importing import read_old
-from newllm_lib.runs import Run
-from newllm_lib.sharing import MANIFEST, BundleError, open_bundle
+from newllm_lib.progress import warn_on_stderr
+from newllm_lib.runs import Run, load_model
+from newllm_lib.sharing import MANIFEST, BundleError, folder_name, open_bundle
 
 _OF_THE_OTHER_MACHINE = ("device", "device_name", "capability", "threads", "usable_memory_bytes")
 
@@ -24,7 +32,8 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
     """Put a file's training state into the folder of a run, `results_dir/<its run>` (or `name`), and return the run.
 
     path: a bundle with a checkpoint, or one checkpoint file. `train(run.requested, epochs=..., data=...)` then goes on
-    with it. A run that is there already keeps what it has, and gets the state where that is newer.
+    with it. A run that is there already keeps what it has, and is brought up to the state where that is newer. A file
+    without the run's best weights leaves its own in model/, which is said, and in the record as "model_step".
 
     CheckpointError or BundleError when the file cannot be continued; FileExistsError where the folder holds another
     run. Then nothing is changed.
@@ -35,18 +44,18 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
     results.mkdir(parents=True, exist_ok=True)
     if not _is_bundle(path):
         payload = _load(path)
-        return _place(path, payload, results / (name or payload["run"]))
+        return _place(path, payload, results / folder_name(name or payload["run"], path))
     with tempfile.TemporaryDirectory(prefix=".adopting-", dir=results) as scratch:
         opened = open_bundle(path, scratch)
-        found = Checkpoints(opened.folder / "checkpoints", opened.folder.name).newest_valid(_to_stderr)
+        found = Checkpoints(opened.folder / "checkpoints", opened.folder.name).newest_valid(warn_on_stderr)
         if found is None:
             raise BundleError(
                 f"{path}: holds no checkpoint, so its run cannot be continued: it needs a bundle that was made with "
                 "one (in the shell --checkpoint)"
             )
-        folder = results / (name or opened.folder.name)
+        folder = results / folder_name(name or opened.folder.name, path)
         if folder.exists():
-            return _place(*found, folder)
+            return _place(*found, folder, opened.folder / "model")
         record = opened.record  # with the places of another machine
         for part in ("config", "requested"):
             record[part] = record.get(part, record["config"]) | {"mirror_dir": None}
@@ -79,23 +88,47 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _place(source: Path, payload: dict[str, Any], folder: Path) -> Run:
-    """Copy a checkpoint into a run's folder, where that does not have it or a newer one, and see to its record."""
+def _place(source: Path, payload: dict[str, Any], folder: Path, model: Path | None = None) -> Run:
+    """Copy a checkpoint into a run's folder, where that does not have it or a newer one, and bring the rest up to it.
+
+    model: the folder of the run's best weights, where the file has them.
+    """
     checkpoints, state = Checkpoints(folder / "checkpoints", folder.name), payload["state"]
     check_same_run(folder, payload["identity"])
+    record = report.read_record(folder) if (folder / "run.json").exists() else None
     if max(map(valid_step, checkpoints.files()), default=-1) < state["step"]:
         is_best = state["best_step"] == state["step"]
         entry = {"sha256": sha256_of(source), "step": state["step"], "bytes": source.stat().st_size}
         copy_checkpoint(source, checkpoints.best if is_best else checkpoints.step(state["step"]), entry)
-        if not is_best and not checkpoints.best.exists() and state["history"]:
-            _to_stderr(
-                f"{source.name} is of step {state['step']:,}, its run's best weights were those of step "
-                f"{state['best_step']:,}: they are not in it, and model/ stays empty until a better validation"
-            )
-    if not (folder / "run.json").exists():
-        report.write_history(folder, state["history"])
-        report.write_record(folder, _record(payload, folder))
+        model_step = _place_model(source, state, checkpoints, model) if state["history"] else None
+        now = {"status": "interrupted", "step": state["step"], "best": report.best_row(state["history"])}
+        record = (record or _record(payload, folder)) | now | {"model_step": model_step}
+    elif record is None:
+        record = _record(payload, folder)
+    else:
+        return Run(folder)
+    report.write_history(folder, state["history"])
+    report.write_record(folder, record)
     return Run(folder)
+
+
+def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, model: Path | None) -> int | None:
+    """Put the best weights into model/, or the checkpoint's own where there are no others; then their step."""
+    target = checkpoints.folder.parent / "model"
+    if valid_step(checkpoints.best) == state["best_step"]:
+        source, model = checkpoints.best, None
+    if model:
+        shutil.copytree(model, target, dirs_exist_ok=True)
+        return None
+    loaded = load_model(source)
+    export_model(target, loaded.model, loaded.tokenizer)
+    if source == checkpoints.best:
+        return None
+    warn_on_stderr(
+        f"{source.name} is of step {state['step']:,}, its run's best weights were those of step "
+        f"{state['best_step']:,}: they are not in it, and model/ holds those of the file until a better validation"
+    )
+    return state["step"]
 
 
 def check_same_run(folder: Path, identity: str) -> None:
@@ -103,7 +136,7 @@ def check_same_run(folder: Path, identity: str) -> None:
     if (folder / "run.json").exists():
         found = report.read_record(folder).get("identity")
     else:
-        newest = Checkpoints(folder / "checkpoints", folder.name).newest_valid(_to_stderr)
+        newest = Checkpoints(folder / "checkpoints", folder.name).newest_valid(warn_on_stderr)
         found = newest[1]["identity"] if newest else identity
     if found != identity:
         raise FileExistsError(
@@ -141,7 +174,3 @@ def _record(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
         "total_steps": None,
         "best": report.best_row(state["history"]),
     }
-
-
-def _to_stderr(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)

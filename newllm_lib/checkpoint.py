@@ -42,6 +42,19 @@ class NewerCheckpointError(CheckpointError):
     """A checkpoint of a later version: intact, and so never passed over."""
 
 
+class NoModelError(CheckpointError):
+    """A run that has no best model yet."""
+
+    def __init__(self, folder: Path, why: str = "no validation is behind this run yet"):
+        super().__init__(
+            f"{folder}: {why}, so there is no model: train it on (the same call; in a notebook that cell again)"
+        )
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message alone, in red."""
+        return [f"\x1b[31m{self}\x1b[0m"]
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoint files of one run."""

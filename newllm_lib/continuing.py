@@ -38,7 +38,7 @@ def find_run(
             return adopt(fetch(place, Path(results_dir) / "downloads", sha256, tell=tell), results_dir)
         found = folders[0]
     else:
-        folders = [folder for where in wheres for folder in _runs_in(where)]
+        folders = [folder for where in wheres for folder in _runs_in(where, tell)]
         if not folders:
             return None
         found = max(folders, key=lambda folder: (folder / "run.json").stat().st_mtime)
@@ -51,10 +51,18 @@ def find_run(
     return Run(found)
 
 
-def _runs_in(where: Path) -> list[Path]:
-    """Folders with runs that can go on."""
-    folders = [path.parent for path in where.glob("*/run.json")]
-    return [folder for folder in folders if report.read_record(folder)["status"] != "imported"]
+def _runs_in(where: Path, tell: Callable[[str], None]) -> list[Path]:
+    """Folders with runs that can go on: those that have checkpoints, and a record that can be read."""
+    found = []
+    for path in where.glob("*/run.json"):
+        try:
+            report.read_record(path.parent)
+        except (OSError, ValueError) as error:
+            tell(f"left out: {error}")
+            continue
+        if any((path.parent / "checkpoints").glob("*.pt")):
+            found.append(path.parent)
+    return found
 
 
 def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = None, **changes) -> RunConfig:

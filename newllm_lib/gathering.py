@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from newllm_lib.runs import Run
-from newllm_lib.sharing import BundleError, open_bundle
+from newllm_lib.sharing import BundleError, bundle_record, open_bundle
 from newllm_lib.writing import generate_texts
 
 
@@ -64,11 +64,18 @@ def _run_at(path: Path, results_dir: str | Path, report: Callable[[str], None]) 
 
 
 def _opened(path: Path, results_dir: str | Path, report: Callable[[str], None]) -> Run:
-    """The run of a bundle, in a folder of its own."""
+    """The run of a bundle: in a folder of its own, unless it is an earlier state of the run that has its name."""
     try:
         return open_bundle(path, results_dir)
     except FileExistsError as taken:
         reason = str(taken).partition(";")[0]
+    sent = bundle_record(path)
+    with contextlib.suppress(OSError, ValueError):  # no run, or one that cannot be read: it stays as it is
+        here = Run(Path(results_dir) / sent["run"])
+        sent_step, step = (record.get("step") or 0 for record in (sent, here.record))
+        if here.record.get("identity") == sent.get("identity") and step >= sent_step:
+            report(f"{path}: holds step {sent_step:,} of {here.folder}, which is at {step:,}: left out")
+            return here
     for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
             run = open_bundle(path, results_dir, f"{path.stem}-{number}")

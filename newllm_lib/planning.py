@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from newllm_lib import presets, published, schedule
@@ -202,6 +203,9 @@ def plan_lines(
         ("memory", f"about {memory_estimate_bytes(setup) / 2**30:.1f} GiB for training, of "
                    f"{setup.machine.memory_bytes / 2**30:.1f} GiB (an estimate from the shapes)"),
     ]  # fmt: skip
+    if config.mirror_dir:
+        kept = "the best, the final and the last two other checkpoints, verified"
+        lines.insert(1, ("copy", f"{Path(config.mirror_dir, Path(folder).name)}: {kept}"))
     if speed:
         lines.append(("time", f"about {duration(speed.training_seconds(setup))} of training, validation not counted "
                               f"({speed.tokens_per_second:,.0f} tokens/s, {speed.basis})"))  # fmt: skip

@@ -16,6 +16,20 @@ from newllm_lib.diagnose import Row, Spell, follow
 from newllm_lib.mirror import Safety
 from newllm_lib.report import duration
 
+STOPPING = "stopping after this step, then saving"
+"""How the message begins that answers the first interrupt."""
+
+
+def in_kernel() -> bool:
+    """Whether this process is a notebook's kernel; False in a script and in IPython in a terminal."""
+    ipython = sys.modules.get("IPython")  # a kernel has loaded it long before
+    return getattr(ipython.get_ipython() if ipython else None, "kernel", None) is not None
+
+
+def warn_on_stderr(text: str) -> None:
+    """A warning where no run is shown that could tell it."""
+    print(f"warning: {text}", file=sys.stderr)
+
 
 class Progress:
     """What a trainer reports. This one is silent; derive from it to show more."""
@@ -193,5 +207,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        again = "interrupt" if "ipykernel" in sys.modules else "press Ctrl-C"  # a notebook has a menu for it
-        self._progress.message(f"stopping after this step, then saving; {again} again to stop at once")
+        again = "interrupt" if in_kernel() else "press Ctrl-C"  # a notebook has a menu for it
+        self._progress.message(f"{STOPPING}; {again} again to stop at once")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from newllm_lib import presets, report
+from newllm_lib import curves, presets, report
 from newllm_lib.checkpoint import CheckpointError, export_model, load_checkpoint, load_exported
 from newllm_lib.config import BOS
 from newllm_lib.generate import generate
@@ -59,6 +59,7 @@ class Recorder:
                 setup, str(self.folder), self.trainer.state.decay_steps, estimate_speed(setup, measure=False)
             ),
             "decay_steps": self.trainer.state.decay_steps,
+            "model_step": earlier.get("model_step"),  # whose weights model/ holds, where they are not the best ones
             "data": {
                 "name": setup.prepared.corpus_name,
                 "fingerprint": setup.prepared.fingerprint,
@@ -89,6 +90,7 @@ class Recorder:
         """After each validation: the weights if they are the best, then the tables."""
         if best:
             export_model(self.folder / "model", self.trainer.model, self.trainer.setup.prepared.tokenizer)
+            self.record["model_step"] = None
         report.write_history(self.folder, self.trainer.state.history)
         self._write_record("running")
 
@@ -102,8 +104,8 @@ class Recorder:
             Store(self.trainer.setup.machine).keep_speed(self.trainer.setup, history[-1]["tokens_per_second"])
         self._write_record(status)
         report.write_history(self.folder, history)
-        if history:
-            report.write_curves(self.folder, self.record, history)
+        if history or status != "running":  # a run that begins does not wait for an empty picture
+            curves.write_curves(self.folder, self.record, history)
         report.write_report(self.folder, self.record, history)
 
     def _export_best(self) -> None:
@@ -113,6 +115,8 @@ class Recorder:
         except CheckpointError as error:
             self.trainer.progress.message(f"warning: {error}; model/ stays as it is")
             return
+        if payload["state"]["step"] != self.trainer.state.best_step:
+            return  # a best one of before: the run came from a file that did not have a later one
         model = NewLLM(self.trainer.setup.config.model)
         model.load_state_dict(payload["model"])
         export_model(self.folder / "model", model, self.trainer.setup.prepared.tokenizer)

@@ -1,4 +1,4 @@
-"""What a run leaves behind for its reader: run.json, history.csv, curves.png and report.md."""
+"""What a run leaves behind for its reader: run.json, history.csv and report.md."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib import published
-from newllm_lib.diagnose import best_row, every_spell, number
-from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.curves import no_curves
+from newllm_lib.diagnose import best_row, every_spell
+from newllm_lib.files import write_text_atomic
 
 HISTORY_COLUMNS = (
     "step",
@@ -30,8 +31,6 @@ HISTORY_COLUMNS = (
     "peak_memory_bytes",
     "skipped_steps",
 )
-
-_BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9701e", "#777777"
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -87,114 +86,9 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {name}" for count, name in parts if count) or "0 s"
 
 
-def _values(history: list[dict[str, Any]], name: str) -> list[float]:
-    """A column to be drawn; NaN, which leaves a gap, where a row of an imported run does not have it."""
-    return [number(row, name) for row in history]
-
-
 def _cell(row: dict[str, Any], name: str, form: str) -> str:
     """A number of a row in a table; empty where a row of an imported run does not have it."""
     return "" if row[name] is None else f"{row[name]:{form}}"
-
-
-# --- the curves -------------------------------------------------------------------------------------------------
-
-
-def write_curves(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """curves.png: loss, perplexity and accuracy over epochs, the published curve dashed where there is one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    figure.suptitle(f"{record['run']}  ({record['data']['name']}, {record['parameters']:,} parameters)", fontsize=12)
-    loss, ppl, accuracy = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
-    known = published.RUNS.get(record["preset"]) if record["published_protocol"] else None
-    style = {"marker": "o", "markersize": 3.5, "linewidth": 1.8}
-    loss.plot(epochs, _values(history, "train_loss"), color=_ORANGE, label="training", **style)
-    loss.plot(epochs, _values(history, "val_loss"), color=_BLUE, label="validation", **style)
-    ppl.plot(epochs, _values(history, "val_ppl"), color=_BLUE, label="validation", **style)
-    shares = [100 * share for share in _values(history, "val_accuracy")]
-    accuracy.plot(epochs, shares, color=_BLUE, label="validation", **style)
-    if all(map(math.isnan, shares)):  # as in the series' own files
-        accuracy.set_xlim(ppl.get_xlim())
-        accuracy.annotate("not recorded", (0.5, 0.6), xycoords="axes fraction", color=_GREY, ha="center")
-    if known:
-        _plot_published(known, loss, ppl, accuracy)
-    best = best_row(history)
-    if best is None:
-        return
-    star = {"color": _BLUE, "markersize": 13, "linestyle": "none", "label": f"best: {best['val_ppl']:.2f}"}
-    ppl.plot([best["epoch"]], [best["val_ppl"]], marker="*", **star)
-    reached = [row["val_ppl"] for row in history if row["val_ppl"] is not None]
-    if record["published_protocol"]:
-        _mark_levels(ppl, accuracy, reached)
-    shown = reached + ([value for _, value in known.curve] if known else [])
-    if max(shown) > 4 * min(shown):
-        ppl.set_yscale("log")
-        _plain_log_ticks(ppl)
-    titles = (
-        ("Loss (nats a token)", loss),
-        ("Perplexity (lower is better)", ppl),
-        ("Next-token accuracy (%)", accuracy),
-    )
-    for title, axes in titles:
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("epochs")
-        set_epoch_axis(axes)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
-    write_atomic(folder / "curves.png", lambda file: file.write(image.getvalue()))
-
-
-def set_epoch_axis(axes) -> None:
-    """Epochs from 0 on, also where there is one point alone, with so few labels that long ones do not touch."""
-    axes.update_datalim([(0, 0)], updatey=False)
-    axes.autoscale_view(scaley=False)
-    axes.set_xlim(left=0)
-    axes.locator_params("x", nbins=6)
-
-
-def _plot_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:
-    dashed = {"color": _GREY, "linestyle": "--", "linewidth": 1.5}
-    label = f"published: {known.title}"
-    if known.curve:
-        ppl.plot(*zip(*known.curve, strict=True), label=label, **dashed)
-    if known.losses:
-        epochs, training, validation, share = zip(*known.losses, strict=True)
-        loss.plot(epochs, validation, label="published, validation", **dashed)
-        loss.plot(epochs, training, color=_GREY, linestyle=":", label="published, training")
-        accuracy.plot(epochs, share, label=label, **dashed)
-
-
-def _mark_levels(ppl, accuracy, reached: list[float]) -> None:
-    """Horizontal lines at the published results near the curve, and at the accuracy of saying <UNK> always."""
-    for level, title in published.MILESTONES:
-        if 0.85 * min(reached) <= level <= max(reached):
-            ppl.axhline(level, color=_GREY, linewidth=0.8, linestyle=":")
-            short = title.split(":")[0]
-            low = level < (min(reached) + max(reached)) / 2  # the curve falls to the right: write where it is not
-            ppl.annotate(
-                f"{level:.2f}  {short}",
-                (0.02 if low else 0.98, level),
-                (0, 2),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=7.5,
-                color=_GREY,
-                ha="left" if low else "right",
-            )
-    accuracy.axhline(published.UNKNOWN_ACCURACY, color=_GREY, linewidth=0.8, linestyle=":", label="always <UNK>")
-
-
-def _plain_log_ticks(axes) -> None:
-    """Label a log axis with plain numbers at 1, 2, 3, 5 and 7 of each decade."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 # --- the written report -----------------------------------------------------------------------------------------
@@ -205,7 +99,7 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
     parts = [
         f"# {record['run']}",
         summary_text(record),
-        "![curves](curves.png)" if best_row(history) else "No curves: no validation gave a finite loss.",
+        "![curves](curves.png)" if best_row(history) else f"No curves: {no_curves(history)}.",
         "## Set-up",
         _table(("", ""), [(name, text) for name, text in record["plan"] if name != "run"]),
         _provenance(record),
@@ -245,6 +139,11 @@ def summary_text(record: dict[str, Any]) -> str:
     )
     ppl = _cell(best, "val_ppl", ".2f") or "infinite"
     text = f"Best validation perplexity **{ppl}** {place}. Status: {record['status']}."
+    if record.get("model_step") is not None:
+        text += (
+            f" **The model here is not that best one**, but the one of step {record['model_step']:,}: the file that this "
+            "run was taken from had no other."
+        )
     if record["faithful"] is not None:
         word = (
             "Faithful" if record["faithful"] else f"**Not faithful** to the published run ({record['faithful_reason']})"

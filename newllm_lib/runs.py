@@ -17,6 +17,7 @@ from newllm_lib.checkpoint import (
     TOKENIZER_FILE,
     CheckpointError,
     Checkpoints,
+    NoModelError,
     load_checkpoint,
     load_exported,
     load_weights,
@@ -37,7 +38,7 @@ from newllm_lib.mirror import Mirror
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup, plan_lines
 from newllm_lib.probe import estimate_speed, settle_batch
-from newllm_lib.progress import Progress, TerminalProgress
+from newllm_lib.progress import Progress, TerminalProgress, in_kernel, warn_on_stderr
 from newllm_lib.recorder import Recorder, command
 from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.step import TrainingError
@@ -161,7 +162,7 @@ def _train(requested: RunConfig, fresh: bool, progress: Progress, watch: Callabl
     model.to(setup.machine.device)
     trainer = Trainer(setup, model, Checkpoints(folder / "checkpoints", folder.name), progress)
     _continue(trainer, earlier, progress)
-    if trainer.ended() and earlier.get("status") == trainer.ended():
+    if trainer.ended() and (earlier.get("status"), earlier.get("step")) == (trainer.ended(), trainer.state.step):
         progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
         if mirror:
             mirror.close(progress.message)
@@ -181,7 +182,7 @@ def _train(requested: RunConfig, fresh: bool, progress: Progress, watch: Callabl
 
 def _default_progress() -> Progress:
     """Live in the cell of a notebook, lines elsewhere."""
-    if "ipykernel" not in sys.modules:  # which every notebook's kernel has loaded
+    if not in_kernel():
         return TerminalProgress()
     from newllm_lib.notebook import NotebookProgress  # a room below, for users' convenience
 
@@ -278,7 +279,7 @@ def _tell_how_to_continue(trainer: Trainer, progress: Progress) -> None:
 
 def _again() -> str:
     """What the user does to make this call once more."""
-    if "ipykernel" in sys.modules:
+    if in_kernel():
         return "run this cell again"
     text = command()
     return text.replace(" --fresh", "") if text.startswith("newllm ") else "the same call again"
@@ -315,13 +316,25 @@ def _load_model(place: str | Path) -> Loaded:
         raise FileNotFoundError(f"{place}: no such run, model folder or checkpoint")
     run = Run(path)
     if not (path / "model" / "model.safetensors").exists():
-        return _from_checkpoint(Checkpoints(path / "checkpoints", run.record["run"]).best)
+        best = Checkpoints(path / "checkpoints", run.record["run"]).best
+        if not best.exists():
+            check_validated(run)
+        return _from_checkpoint(best)
     model, tokenizer = load_exported(path / "model")
     return Loaded(model.eval(), tokenizer, run.config, run.record["data"]["fingerprint"])
 
 
+def check_validated(run: Run) -> None:
+    """NoModelError for a run that no validation has given a best model yet."""
+    if run.best is not None:
+        return
+    if (run.folder / "history.csv").is_file() and len(run.history):
+        raise NoModelError(run.folder, "no validation gave a finite loss")
+    raise NoModelError(run.folder)
+
+
 def _from_checkpoint(path: Path) -> Loaded:
-    payload = load_checkpoint(path, _to_stderr)
+    payload = load_checkpoint(path, warn_on_stderr)
     config, tokenizer = RunConfig.from_dict(payload["config"]), tokenizer_from_dict(payload["tokenizer"])
     model = NewLLM(config.model)
     load_weights(model, payload, path)
@@ -367,11 +380,7 @@ def evaluate(
     chosen = choose_precision(precision, machine)
     engine = choose_engine("auto", chosen, machine.device).run
     if chosen.substituted:
-        _to_stderr(f"scored in {chosen.name}: {chosen.reason}")
+        warn_on_stderr(f"scored in {chosen.name}: {chosen.reason}")
     batch = config.train.eval_batch_size
     with BUFFERS.kept():
         return evaluate_split(loaded.model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine)
-
-
-def _to_stderr(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)

@@ -24,7 +24,7 @@ from newllm_lib.card import model_card
 from newllm_lib.checkpoint import Checkpoints, export_model, load_checkpoint, load_exported, sidecar
 from newllm_lib.files import write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
-from newllm_lib.runs import Run, load_model
+from newllm_lib.runs import Run, check_validated, load_model
 
 MANIFEST = "MANIFEST.json"
 BUNDLE_VERSION = 1
@@ -93,6 +93,7 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     out = Path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
     missing = [name for name in _REQUIRED if not (run.folder / name).is_file()]
     if missing:
+        check_validated(run)
         raise ValueError(f"{run.folder}: has no {missing[0]} yet; a bundle needs a run with a validation behind it")
     load_exported(run.folder / "model")  # what cannot be read is not sent
     files = {name: run.folder / name for name in (*_REQUIRED, *_OPTIONAL) if (run.folder / name).is_file()}
@@ -124,6 +125,26 @@ def _newest_checkpoint(run: Run) -> dict[str, Path]:
     return {f"checkpoints/{path.name}": path for path in (newest, sidecar(newest)) if path.is_file()}
 
 
+def archive(folder: str | Path) -> Path:
+    """The files of a study's or a comparison's own folder as `<folder>.zip`, which is returned; not the runs inside it.
+
+    ValueError where there is no file to take.
+    """
+    folder = Path(folder).resolve()
+    files = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise ValueError(f"{folder}: holds no files to take along")
+    out = folder.parent / f"{folder.name}.zip"
+
+    def write(file) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+            for path in files:
+                _add(packed, f"{folder.name}/{path.name}", path.read_bytes())
+
+    write_atomic(out, write)
+    return out
+
+
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> dict[str, Any]:
     """Put a member into an archive; its entry of the manifest."""
     member = zipfile.ZipInfo(name, _OLDEST_DATE)
@@ -145,7 +166,7 @@ def open_bundle(
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(archive, path, max_bytes)
-            folder = results / _folder_name(name or manifest["run"], path)
+            folder = results / folder_name(name or manifest["run"], path)
             if folder.exists():
                 return _already_there(folder, manifest)
             results.mkdir(parents=True, exist_ok=True)
@@ -158,6 +179,18 @@ def open_bundle(
     except _ZIP_ERRORS as error:
         raise BundleError(f"{path}: not a readable zip file ({error}): download it again") from error
     return Run(folder)
+
+
+def bundle_record(path: str | Path) -> dict[str, Any]:
+    """The run.json in a bundle, without unpacking it; BundleError as of `open_bundle`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _manifest(archive, Path(path), MAX_BUNDLE_BYTES)
+            return json.loads(archive.read("run.json"))
+    except BundleError:
+        raise
+    except (*_ZIP_ERRORS, ValueError) as error:
+        raise BundleError(f"{path}: not a readable bundle ({error})") from error
 
 
 def _manifest(archive: zipfile.ZipFile, path: Path, max_bytes: int) -> dict[str, Any]:
@@ -209,7 +242,8 @@ def _is_plain(part: str) -> bool:
     return bool(re.fullmatch(r"[^\x00-\x1f\x7f/\\:*?\"<>|]+", part)) and not part.startswith(".")
 
 
-def _folder_name(name: str, path: Path) -> str:
+def folder_name(name: str, path: Path) -> str:
+    """A name that a file brings, if it can be that of a run's folder; BundleError for one that leads elsewhere."""
     if not _is_plain(str(name)):
         raise BundleError(f"{path}: refused: {name!r} is no name for a folder; give one as name (in the shell --name)")
     return str(name)

@@ -7,9 +7,9 @@ from published_format import write_old
 from tiny import StopAt, result_of, same, tiny_config, tiny_trainer, write_text
 
 import newllm_lib as nl
-from newllm_lib import report
+from newllm_lib import curves
 from newllm_lib.adopting import adopt
-from newllm_lib.checkpoint import CheckpointError, load_checkpoint, sidecar
+from newllm_lib.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, sidecar
 from newllm_lib.progress import Progress
 from newllm_lib.sharing import BundleError, bundle
 
@@ -26,7 +26,7 @@ def place(tmp_path_factory):
     """A folder with the text, the results of a run stopped at step 11, and those of the whole run of 3 epochs."""
     place = tmp_path_factory.mktemp("adopting")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_curves", lambda *args: None)
+        patch.setattr(curves, "write_curves", lambda *args: None)
         config = tiny_config(write_text(place / "text"), results_dir=str(place / "results"), name="r")
         trained(config, stop_at=11)
         trained(config, name="whole", epochs=3)
@@ -35,7 +35,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(report, "write_curves", lambda *args: None)
+    monkeypatch.setattr(curves, "write_curves", lambda *args: None)
 
 
 def contents(folder):
@@ -106,9 +106,63 @@ def test_the_best_checkpoint_is_kept_as_the_best(place, tmp_path):
 
 
 def test_where_the_best_weights_are_not_in_the_file_it_says_so(place, tmp_path, capsys):
-    adopt(place / STEP, tmp_path / "results")
+    run = adopt(place / STEP, tmp_path / "results")
     said = capsys.readouterr().err
     assert "r_step_11.pt is of step 11, its run's best weights were those of step 9: they are not in it" in said
+    assert (run.record["model_step"], run.best["step"]) == (11, 9)
+    own = nl.load_model(place / STEP).model.state_dict()
+    assert same(dict(run.model.state_dict()), dict(own))
+    better = nl.train(run.requested, epochs=3, progress=Progress())
+    assert better.best["step"] > 12
+    assert better.record["model_step"] is None
+    assert nl.evaluate(better, str(place / "text")).loss == pytest.approx(better.best["val_loss"], abs=1e-6)
+
+
+def test_while_nothing_better_comes_the_weights_of_the_file_stay(place, tmp_path):
+    payload = load_checkpoint(place / STEP, lambda text: None)
+    payload["state"]["history"][-1]["val_loss"] = payload["state"]["best_loss"] = 0.001  # nothing will be better
+    save_checkpoint(tmp_path / "lucky.pt", payload, 11)
+    run = adopt(tmp_path / "lucky.pt", tmp_path / "results")
+    longer = nl.train(run.requested, epochs=3, progress=Progress())
+    assert (longer.record["step"], longer.best["step"], longer.record["model_step"]) == (24, 9, 11)
+    assert "**The model here is not that best one**, but the one of step 11" in longer.report
+    assert "not that best one" in longer.model.card
+    own = nl.load_model(place / STEP).model.state_dict()
+    assert same(dict(longer.model.state_dict()), dict(own))
+    assert bundle(longer, tmp_path / "r.zip", checkpoint=True).is_file()
+
+
+@pytest.mark.parametrize("kind", ["bundle", "final"])
+def test_a_newer_state_brings_the_whole_run_up_to_it(place, tmp_path, kind):
+    """Its history, its record and its best weights, so that a run that has ended there has ended here."""
+    shutil.copytree(place / "results" / "r", tmp_path / "there" / "r")
+    further = nl.train(nl.load(tmp_path / "there" / "r").requested, epochs=3, progress=Progress())
+    here = nl.train(tiny_config(place / "text", results_dir=str(tmp_path), name="r"), progress=Progress())
+    assert here.record["status"] == "finished" and here.record["step"] < further.record["step"]
+    file = further.folder / "checkpoints" / "r_final.pt"
+    if kind == "bundle":
+        file = bundle(further, tmp_path / "r.zip", checkpoint=True)
+    run = adopt(file, tmp_path)
+    assert (run.record["step"], run.best["step"]) == (further.record["step"], further.best["step"])
+    assert list(run.history["step"]) == list(further.history["step"])
+    if kind == "bundle":
+        assert same(dict(run.model.state_dict()), dict(further.model.state_dict()))
+    again = nl.train(nl.extended(run, epochs=3), progress=Progress())
+    assert (again.record["status"], again.record["step"]) == ("finished", further.record["step"])
+    assert again.best == further.best
+    with pytest.raises(ValueError, match="has already trained 24 steps"):
+        nl.extended(run, epochs=2)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/escaped", "..", "a/b", ""])
+def test_a_checkpoint_cannot_name_a_folder_outside(place, tmp_path, name):
+    payload = load_checkpoint(place / STEP, lambda text: None)
+    save_checkpoint(tmp_path / "evil.pt", payload | {"run": name}, 11)
+    (tmp_path / "results").mkdir()
+    with pytest.raises(BundleError, match=r"evil\.pt: refused: .* is no name for a folder"):
+        adopt(tmp_path / "evil.pt", tmp_path / "results")
+    assert list((tmp_path / "results").iterdir()) == []
+    assert adopt(tmp_path / "evil.pt", tmp_path / "results", name="good").folder.name == "good"
 
 
 def test_a_batch_that_was_left_to_the_hardware_comes_along(place, tmp_path):

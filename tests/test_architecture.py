@@ -36,6 +36,7 @@ ROOMS = [
     "checkpoint",
     "mirror",
     "diagnose",
+    "curves",
     "report",
     "card",
     "comparison",

@@ -5,15 +5,17 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import google_colab_stand_in as stand_in
+import IPython
 import IPython.display
 import pytest
 from IPython.display import HTML, FileLink
 from tiny import tiny_config, write_text
 
 import newllm_lib as nl
-from newllm_lib import notebook, report
+from newllm_lib import curves, notebook
 from newllm_lib.mirror import Safety
 from newllm_lib.notebook import NotebookProgress, colab
 from newllm_lib.notebook.progress import View, page
@@ -44,7 +46,7 @@ def on_colab(monkeypatch):
 def shown(monkeypatch):
     """What is displayed: this is a notebook."""
     displayed = []
-    monkeypatch.setattr(notebook, "in_notebook", lambda: True)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
     monkeypatch.setattr(IPython.display, "display", displayed.append)
     return displayed
 
@@ -55,14 +57,14 @@ MIRROR = "content/drive/MyDrive/newllm"
 
 
 def test_drive_is_off_unless_asked_for(on_colab, capsys):
-    assert nl.storage() == ("results", None)
+    assert nl.storage() == (None,)
     assert (on_colab.drive.prompts, capsys.readouterr().out) == (0, "")
     assert not colab.MOUNT_POINT.exists()
 
 
 def test_drive_is_mounted_once_and_used(on_colab, tmp_path, capsys):
     place = str(tmp_path / MIRROR)
-    assert nl.storage(use_drive=True) == ("results", place)
+    assert nl.storage(use_drive=True) == (place,)
     assert os.listdir(place) == []
     assert f"runs are copied to {place}" in capsys.readouterr().out
     assert nl.storage(use_drive=True).mirror_dir == place  # Run all once more
@@ -88,7 +90,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES)
 def test_where_mounting_fails_the_work_goes_on_here_and_a_red_note_says_why(on_colab, shown, failure):
     on_colab.drive.failure, reason = FAILURES[failure]
-    assert nl.storage(use_drive=True) == ("results", None)
+    assert nl.storage(use_drive=True) == (None,)
     (banner,) = shown
     assert isinstance(banner, HTML)
     assert "Google Drive is NOT used" in banner.data
@@ -119,7 +121,7 @@ def test_where_drive_cannot_be_mounted_at_all(on_colab, shown):
 
 
 def test_outside_colab_drive_is_named_as_colabs(shown):
-    assert nl.storage(use_drive=True) == ("results", None)
+    assert nl.storage(use_drive=True) == (None,)
     assert "only Colab can mount it. The work is on this machine only" in shown[0].data
     assert "mirror_dir" in shown[0].data
 
@@ -181,7 +183,9 @@ def test_flushing_is_by_hand_and_tells_whether_it_worked(on_colab, shown, capsys
     nl.storage(use_drive=True)
     on_colab.drive.failure = ValueError("flush_and_unmount failed")
     assert not nl.flush_drive()
-    assert "it was not flushed (ValueError: flush_and_unmount failed)" in shown[0].data
+    assert "Google Drive was NOT flushed</b>: ValueError: flush_and_unmount failed. What was written last may not" in (
+        shown[0].data
+    )
     on_colab.drive.failure = KeyboardInterrupt()
     assert not nl.flush_drive()
     assert "the waiting was interrupted" in shown[1].data
@@ -190,11 +194,16 @@ def test_flushing_is_by_hand_and_tells_whether_it_worked(on_colab, shown, capsys
     assert on_colab.drive.flushed == [120_000]
     on_colab.drive.environment = stand_in.ENTERPRISE
     assert not nl.flush_drive()
+    for banner in shown:  # Drive is used, and holds nearly everything
+        assert "NOT used" not in banner.data
+        assert "this machine only" not in banner.data
 
 
 def test_outside_colab_there_is_nothing_to_flush(capsys):
     assert not nl.flush_drive()
-    assert "it was not flushed (ModuleNotFoundError" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "warning: Google Drive was NOT flushed: only Colab mounts it, so nothing here waits to be sent.\n"
+    )
 
 
 # --- the download -----------------------------------------------------------------------------------------------
@@ -214,6 +223,12 @@ def test_on_colab_the_browser_downloads_it(on_colab, bundle, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"{bundle} (1.0 MiB)\n")
     assert "should nothing arrive, take it from the file browser" in said
+    assert "USE_DRIVE where the settings have it, else mirror_dir=nl.storage(use_drive=True).mirror_dir" in said
+
+
+def test_the_field_that_a_failed_download_names_is_in_the_notebooks(repository):
+    sources = [path.read_text(encoding="utf-8") for path in (repository / "notebooks").glob("*.ipynb")]
+    assert sum("USE_DRIVE = False" in source for source in sources) >= 4
 
 
 def test_a_large_file_is_pointed_to_instead(on_colab, bundle, capsys):
@@ -313,7 +328,7 @@ def pages(monkeypatch):
         shown.append(data["text/html"])
         return Handle()
 
-    monkeypatch.setattr(notebook, "in_notebook", lambda: True)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
     monkeypatch.setattr(IPython.display, "display", display)
     return shown
 
@@ -337,7 +352,7 @@ def test_where_the_live_page_fails_the_lines_tell_it(pages, monkeypatch, capsys)
 
 
 def test_a_run_on_colab_is_taken_up_by_the_next_machine(on_colab, pages, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "write_curves", lambda *args: None)
+    monkeypatch.setattr(curves, "write_curves", lambda *args: None)
     config = tiny_config(write_text(tmp_path / "text"), name="r", max_steps=3)
     nl.train(config, progress=NotebookProgress(), **nl.storage()._asdict())
     assert "your work: only on this machine, which Colab deletes when the runtime ends" in pages[-1]

@@ -121,10 +121,26 @@ def test_a_bundle_and_a_checkpoint_are_taken_in_and_their_hash_is_checked(text, 
         nl.find_run("no such file", results_dir=tmp_path / "nowhere")
 
 
+def test_what_cannot_go_on_is_passed_over(text, tmp_path):
+    results = tmp_path / "results"
+    run = trained(text, tmp_path, name="mine", max_steps=1)
+    other = trained(text, tmp_path, name="theirs", max_steps=2)
+    file = nl.bundle(other, tmp_path / "theirs.zip")  # without a checkpoint
+    shutil.rmtree(other.folder)
+    nl.open_bundle(file, results)
+    (results / "broken").mkdir()
+    (results / "broken" / "run.json").write_text("")
+    os.utime(run.folder / "run.json", (1000, 1000))
+    said = []
+    assert nl.find_run(results_dir=results, tell=said.append).folder == run.folder
+    assert len(said) == 1 and said[0].startswith(f"left out: {results / 'broken' / 'run.json'}")
+
+
 def test_an_imported_run_is_not_taken_for_one_that_can_go_on(text, tmp_path):
     run = trained(text, tmp_path)
     record = (run.folder / "run.json").read_text()
     (run.folder / "run.json").write_text(record.replace('"status": "finished"', '"status": "imported"'))
+    shutil.rmtree(run.folder / "checkpoints")  # of which an import has none
     assert nl.find_run(results_dir=tmp_path / "results") is None
 
 

@@ -61,15 +61,30 @@ def test_what_is_named_must_be_a_run(here):
 
 
 def test_a_bundle_whose_name_is_taken_gets_a_free_one(here):
-    record = Path("results/two/report.md")
-    record.write_text("changed\n")  # the folder and the bundle now differ
+    shutil.rmtree("results/two")
+    shutil.copytree("results/one", "results/two")  # another run of that name
     Path("results/two-2").mkdir()  # taken as well
     for _ in range(2):  # the second time it is there already
         said = []
         assert names(nl.gather(["results/two", "two.zip"], report=said.append)) == ["results/two", "results/two-3"]
         assert len(said) == 1
         assert said[0].startswith("two.zip: opened as results/two-3, because results/two: is there already, with anoth")
-    assert record.read_text() == "changed\n"
+    assert nl.load("results/two").record["identity"] == nl.load("results/one").record["identity"]
+
+
+def test_a_bundle_of_an_earlier_state_is_left_out_and_one_of_a_later_state_is_not(here):
+    first = nl.load("results/two")
+    longer = nl.train(nl.extended(first, epochs=2), progress=Progress())
+    said = []
+    assert names(nl.gather(["results/*", "*.zip"], report=said.append)) == ["results/one", "results/two"]
+    steps = (first.record["step"], longer.record["step"])
+    assert said == ["two.zip: holds step {} of results/two, which is at {}: left out".format(*steps)]
+    nl.bundle(longer, "two.zip")
+    shutil.rmtree("results/two")
+    shutil.copytree(shutil.copytree("../copy/results/one", "kept"), "results/two")
+    record = json.loads(Path("results/two/run.json").read_text())
+    Path("results/two/run.json").write_text(json.dumps(record | {"identity": longer.record["identity"]}))
+    assert names(nl.gather(["results/two", "two.zip"], report=said.append)) == ["results/two", "results/two-2"]
 
 
 def test_a_run_and_its_copy_count_once_as_the_one_that_is_further(here):

@@ -7,16 +7,21 @@ import shutil
 import signal
 from types import SimpleNamespace
 
+import IPython
+import IPython.display
+import nbformat
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from matplotlib.figure import Figure
+from nbclient import NotebookClient
 from tiny import RECIPE, SHAPE, tiny_config, write_text
 
 from newllm_lib import runs
 from newllm_lib.cli import main
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup
+from newllm_lib.progress import StopRequest
 from newllm_lib.study import lr_scaling_report
 from newllm_lib.study.live_line import LiveLine
 from newllm_lib.study.lr_scaling import (
@@ -29,7 +34,7 @@ from newllm_lib.study.lr_scaling import (
     plateau,
     unigram_perplexity,
 )
-from newllm_lib.study.members import listed
+from newllm_lib.study.members import StudyInterrupted, listed
 from newllm_lib.text.prepare import Split
 
 
@@ -338,6 +343,44 @@ def test_an_interrupted_grid_goes_on_without_repeating_what_is_finished(whole, t
     assert grid_of(text, tmp_path, Counts(1, crash)).table[columns].equals(whole.study.table[columns])
 
 
+@pytest.mark.parametrize("times", [1, 2], ids=["after the step", "at once"])
+def test_an_interrupt_is_one_of_the_study_in_whatever_way(text, tmp_path, times):
+    progress = Counts(1, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(times)])
+    with pytest.raises(StudyInterrupted, match="the same call goes on from here") as raised:
+        grid_of(text, tmp_path, progress)
+    assert isinstance(raised.value, KeyboardInterrupt)  # as which the shell takes it
+
+
+def test_a_notebook_shows_an_interrupted_grid_and_a_run_without_a_model_in_one_line_each(text, tmp_path):
+    config = f"nl.RunConfig.from_dict({config_of(text, 'results').to_dict()!r})"
+    interrupts = "def step(self, *_):\n        import signal; signal.raise_signal(signal.SIGINT)\n"
+    cells = [
+        "import newllm_lib as nl\nfrom newllm_lib.progress import Progress\n"
+        "from newllm_lib.study.live_line import LiveLine\n"
+        f"class Stops(LiveLine):\n    {interrupts}class Silent(Progress):\n    {interrupts}config = {config}",
+        "nl.lr_scaling(config, '8', 'none', 'fan-in', progress=Stops())",
+        "run = nl.train(config, name='r', progress=Silent())",
+        "run.model",
+        "raise KeyboardInterrupt('of somebody else')",
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = NotebookClient(book, timeout=120, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    assert book.cells[0].outputs == book.cells[2].outputs == []
+    shown, interrupted = book.cells[1].outputs
+    assert shown.data["text/plain"].endswith("stopping after this step, then saving; interrupt again to stop at once")
+    assert (interrupted.ename, interrupted.traceback) == (
+        "StudyInterrupted",
+        ["interrupted; what is done is saved: run this cell again to go on"],
+    )
+    (no_model,) = book.cells[3].outputs
+    assert no_model.traceback == [
+        "\x1b[31mresults/r: no validation is behind this run yet, so there is no model: train it on (the same call; in "
+        "a notebook that cell again)\x1b[0m"
+    ]
+    assert len("\n".join(book.cells[4].outputs[0].traceback).splitlines()) > 3  # others are shown as ever
+
+
 def test_another_batch_only_adds_runs(text, tmp_path):
     first = lr_scaling(config_of(text, tmp_path), "8", "none", "fan-in", progress=Counts())
     counter = Counts()
@@ -498,6 +541,35 @@ def test_a_warning_is_told_once_and_other_messages_not_at_all():
     for text in ("warning: a", "      run  results/x", "warning: a", "warning: b"):
         line.message(text)
     assert stream.getvalue() == "warning: a\nwarning: b\n"
+
+
+def test_the_answer_to_an_interrupt_is_told():
+    line = LiveLine(stream := io.StringIO())
+    with StopRequest(line).listening():
+        signal.raise_signal(signal.SIGINT)
+    assert stream.getvalue() == "stopping after this step, then saving; press Ctrl-C again to stop at once\n"
+
+
+def test_in_a_notebook_all_lines_are_one_display(monkeypatch):
+    pages, line, signals = [], None, iter([signal.SIGINT])
+
+    def show(data, **_):
+        pages.append(data["text/plain"])
+        for number in signals:  # an interrupt in the middle of an update
+            signal.raise_signal(number)
+        return SimpleNamespace(update=show)
+
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setattr(IPython.display, "display", show)
+    line = LiveLine(clock=iter(range(10)).__next__)
+    line.label = "1 of 2"
+    with StopRequest(line).listening():
+        line.say("2 runs")
+    assert pages == ["2 runs"]  # one display, not two
+    line.step(1, 2, 0.5, 3.0, 100.0)
+    line.close()
+    answer = "stopping after this step, then saving; interrupt again to stop at once"
+    assert pages[1:] == [f"2 runs\n{answer}\n1 of 2: step 1 of 2, loss 3.000, 100 tokens/s", f"2 runs\n{answer}"]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tiny import StopAt, result_of, same, tiny_config, write_text
 
 import newllm_lib as nl
-from newllm_lib import files, mirror, report
+from newllm_lib import curves, files, mirror
 from newllm_lib.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -789,7 +789,7 @@ class Quiet(Progress):
 
 @pytest.fixture
 def config(tmp_path, drive, monkeypatch):
-    monkeypatch.setattr(report, "write_curves", lambda *args: None)  # most of the time of so small a run
+    monkeypatch.setattr(curves, "write_curves", lambda *args: None)  # most of the time of so small a run
     text = write_text(tmp_path / "text")
     return tiny_config(text, results_dir=str(tmp_path / "here"), mirror_dir=str(drive), name="r")
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import IPython
 import IPython.display
 import matplotlib
 import nbformat
@@ -23,9 +25,9 @@ from PIL import Image
 from tiny import RECIPE, SHAPE, result_of, same, tiny_setup, tiny_trainer, write_text
 
 import newllm_lib.notebook as notebook_room
-from newllm_lib.notebook import NotebookProgress, in_notebook
+from newllm_lib.notebook import NotebookProgress
 from newllm_lib.notebook.progress import curves_png, visible_rows
-from newllm_lib.progress import HEADER, Progress, StopRequest, TerminalProgress, rows_before, table_line
+from newllm_lib.progress import HEADER, Progress, StopRequest, TerminalProgress, in_kernel, rows_before, table_line
 
 RECORD = {
     "run": "l4_fp16-abc123",
@@ -101,7 +103,7 @@ def clock():
 def screen(monkeypatch, clock):
     screen = Screen(clock)
     monkeypatch.setattr(IPython.display, "display", screen.display)
-    monkeypatch.setattr(notebook_room, "in_notebook", lambda: True)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
     return screen
 
 
@@ -660,8 +662,9 @@ def test_plain_lines_after_a_failure_know_the_rows_that_the_page_has_shown(progr
 
 def test_ipython_in_a_terminal_is_no_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    assert not in_notebook()
-    script = "from newllm_lib.notebook import in_notebook; print('found', in_notebook(), get_ipython() is None)"
+    assert not in_kernel()
+    script = "import ipykernel; from newllm_lib.progress import in_kernel; "
+    script += "print('found', in_kernel(), get_ipython() is None)"
     command = [sys.executable, "-m", "IPython", "--quick", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "found False False\n" in done.stdout
@@ -684,7 +687,8 @@ def test_a_run_in_a_notebook_is_one_output(tmp_path):
     stops = "class Stops(NotebookProgress):\n    def step(self, step, *rest):\n        super().step(step, *rest)\n"
     stops += "        if step == 2:\n            import signal; signal.raise_signal(signal.SIGINT)\n"
     cells = [
-        "import newllm_lib as nl\nfrom newllm_lib.notebook import NotebookProgress, in_notebook\nassert in_notebook()",
+        "import newllm_lib as nl\nfrom newllm_lib.notebook import NotebookProgress\n"
+        "from newllm_lib.progress import in_kernel\nassert in_kernel()",
         f"config = nl.RunConfig(preset='tiny').replace(**{settings!r})\n"
         "run = nl.train(config, progress=NotebookProgress())\nassert run.record['status'] == 'finished'",
         f"{stops}run = nl.train(config, name='stop', progress=Stops())\nassert run.record['status'] == 'interrupted'",
@@ -738,9 +742,9 @@ def test_a_bar_may_go_back():
 
 @pytest.mark.parametrize(("kernel", "words"), [(True, "interrupt again"), (False, "press Ctrl-C again")])
 def test_how_to_stop_at_once_is_said_as_it_is_done_here(monkeypatch, kernel, words):
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setitem(sys.modules, "ipykernel", object())  # a script may load it too
     if kernel:
-        monkeypatch.setitem(sys.modules, "ipykernel", object())
+        monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
     progress = TerminalProgress(stream := io.StringIO())
     with StopRequest(progress).listening():
         signal.raise_signal(signal.SIGINT)

@@ -1,21 +1,28 @@
 """Every notebook runs from top to bottom in an empty folder, and lies in the project without its outputs."""
 
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from newllm_lib import runs, sharing
+import newllm_lib as nl
+from newllm_lib import presets, runs, sharing
+from newllm_lib.schedule import peak_rate
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def executed(path, folder):
-    """The notebook after all its cells ran in `folder`; a cell that fails raises."""
+def executed(path, folder, replaced=()):
+    """The notebook after all its cells ran in `folder`, a part (old, new) replaced; a cell that fails raises."""
     notebook = nbformat.read(path, as_version=4)
+    if replaced:
+        cell = next(cell for cell in notebook.cells if replaced[0] in cell.source)
+        cell.source = cell.source.replace(*replaced)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
@@ -96,3 +103,46 @@ def test_quickstart_twice_in_a_row(tmp_path, monkeypatch):
     opened = sharing.open_bundle(folder.with_suffix(".zip"), tmp_path / "elsewhere")
     assert opened.best == runs.load(folder).best
     assert f"already finished: {folder.relative_to(tmp_path)}" in shown(executed(path, tmp_path))
+    longer = shown(executed(path, tmp_path, ("STEPS = 10", "STEPS = 14")))  # a rate that had decayed to its end
+    assert "step 10 of 14" in longer
+    assert "14 of 14" in longer
+    assert [found.name for found in (tmp_path / "results").glob("quickstart-*/")] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rule", "larger_rate", "baseline_preset", "baseline_rate"),
+    [
+        ("tuned", False, 4e-3, "quickstart", 4e-3),
+        ("tuned", True, 2.2636e-3, "quickstart", 4e-3),  # 4e-3 / (4,840,936 / 2,739,432)
+        ("published", False, 4e-4, "l4_fp16", 8e-4),
+        ("published", True, 4.5271e-4, "l4_fp16", 8e-4),  # 8e-4 / the same ratio
+    ],
+)
+def test_larger_model_and_its_baseline(
+    recipe, rule, larger_rate, baseline_preset, baseline_rate, monkeypatch, tmp_path
+):
+    """What the cells of 03 make of its two switches, up to the training."""
+    for name, lines in (("train", 2100), ("valid", 10)):  # the published batch is 2,048 sequences
+        (tmp_path / f"{name}.txt").write_text("one two three four five six\n" * lines)
+    monkeypatch.delenv("NEWLLM_SMOKE", raising=False)
+    path = next(path for path in NOTEBOOKS if path.stem == "03_larger_model")
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    for old, new in (
+        ('RECIPE = "tuned"', f"RECIPE = {recipe!r}"),
+        ("MODEL_SIZE_RULE = False", f"MODEL_SIZE_RULE = {rule}"),
+        ("BASELINE_TOO = False", "BASELINE_TOO = True"),
+        ('DATA = "wikitext-2"', f"DATA = {str(tmp_path)!r}"),
+    ):
+        assert old in cells[1]
+        cells[1] = cells[1].replace(old, new)
+    trained = []
+    values = {"os": os, "nl": types.SimpleNamespace(storage=nl.storage, Panel=nl.Panel, train=trained.append)}
+    for cell in cells[1:5]:  # settings, panel, the larger model, its baseline
+        exec(cell, values)
+    larger, baseline = trained
+    assert peak_rate(larger.train, larger.model.num_parameters).value == pytest.approx(larger_rate, rel=1e-4)
+    assert (larger.model.context_dim, larger.model.num_layers, larger.model.num_parameters) == (512, 12, 4_840_936)
+    assert peak_rate(baseline.train, baseline.model.num_parameters).value == pytest.approx(baseline_rate, rel=1e-4)
+    assert baseline == presets.get(baseline_preset).replace(data=str(tmp_path))
+    if recipe == "published" and not rule:
+        assert larger == presets.get("l4_advanced").replace(data=str(tmp_path))

@@ -390,6 +390,16 @@ def test_nothing_is_read_before_it_is_shown_or_asked_for(text, monkeypatch):
     assert panel._shown.value == ""
 
 
+def test_what_it_says_while_it_reads_is_text_and_no_html(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, pages = write_text(tmp_path / "<b>x" / "text"), []
+    panel, prepare = Panel(tiny_config(text)), panel_plan.prepare
+    monkeypatch.setattr(panel_plan, "prepare", lambda config: pages.append(panel._shown.value) or prepare(config))
+    repr(panel)
+    assert "<b>" not in pages[0]
+    assert read(pages[0]) == f"reading the text of {text} …"
+
+
 def test_the_text_is_read_again_only_where_its_settings_change(tiny, monkeypatch):
     reads, prepare, seen = [], panel_plan.prepare, []
     monkeypatch.setattr(panel_plan, "prepare", lambda config: reads.append(plan_of(tiny)) or prepare(config))
@@ -664,6 +674,21 @@ def test_a_run_that_lies_in_the_copy_only_is_seen(tiny, tmp_path):
     folder = train(tiny, step=5).folder
     folder.rename(tmp_path / "lost")
     assert ": continues at step 5 of 16" in repr(tiny)
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 3}, {"seed": 7}, {"epochs": None, "max_steps": 5}])
+def test_a_run_that_lies_in_the_copy_only_is_refused_in_the_words_of_training(tiny, tmp_path, changes):
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    tiny.set(mirror_dir=str(drive), lr_schedule="cosine", name="mine")
+    folder = train(tiny).folder
+    folder.rename(tmp_path / "lost")
+    tiny.set(**changes)
+    if "max_steps" in changes:  # shorter than what is there, which is no fault
+        assert "refused" not in repr(tiny)
+    else:
+        shown = repr(tiny)  # before training brings the copy back
+        assert shown.endswith(f"\nrefused: {training_says(tiny)}")
 
 
 # --- in a notebook ----------------------------------------------------------------------------------------------

@@ -175,6 +175,11 @@ def test_a_recipe_is_taken_in_pieces_where_memory_is_short(text, monkeypatch):
     assert settle_batch(setup, {"micro_batch_size": 20}, lambda text: None) is setup  # as this run began
     settled = settle_batch(setup, {"micro_batch_size": None}, lambda text: None)  # with more memory than is here now
     assert settled.config.train.micro_batch_size == 1
+    found = tiny_setup(text, batch_size=60, batch_policy="fill")
+    for fits, rows in ((60, None), (30, 30)):  # as the estimate says, which may be a quarter too high, no more
+        with_memory(monkeypatch, round(needs[fits] / (0.9 * 1.25)) + 2)
+        settled = settle_batch(found, {"batch_size": 60}, lambda text: None)
+        assert (settled.config.train.batch_size, settled.config.train.micro_batch_size) == (60, rows)
     asked = tiny_setup(text, batch_size=60, micro_batch_size=25)
     assert settle_batch(asked, {}, lambda text: None) is asked
 

@@ -2,16 +2,22 @@
 
 import json
 import math
+import signal
 from itertools import pairwise
 
 import pytest
 from click.testing import CliRunner
 from matplotlib.figure import Figure
+from tiny import tiny_config, write_text
 
+import newllm_lib as nl
 from newllm_lib import cli, report
+from newllm_lib.checkpoint import CheckpointError, NoModelError
 from newllm_lib.cli import training
 from newllm_lib.config import RunConfig
+from newllm_lib.curves import plain_log_axis, write_curves
 from newllm_lib.notebook.progress import curves_png
+from newllm_lib.progress import Progress
 from newllm_lib.runs import Run
 
 RECORD = {
@@ -52,7 +58,7 @@ def test_losses_that_are_not_finite_are_told_and_never_the_best(tmp_path, capsys
     record = RECORD | {"best": best}
     report.write_record(tmp_path, record)
     report.write_history(tmp_path, history)
-    report.write_curves(tmp_path, record, history)
+    write_curves(tmp_path, record, history)
     report.write_report(tmp_path, record, history)
     stored = json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
     assert (stored["best"] and stored["best"]["val_ppl"]) == (20.1 if best is GOOD else None)
@@ -63,7 +69,97 @@ def test_losses_that_are_not_finite_are_told_and_never_the_best(tmp_path, capsys
     printed = capsys.readouterr().out
     assert ("best validation perplexity 20.10 at step 4" in printed) == (best is GOOD)
     assert ("best validation perplexity inf at step 3" in printed) == (best is OVERFLOWN)
-    assert ("No validation yet" in (tmp_path / "report.md").read_text()) == (best is None)
+    written = (tmp_path / "report.md").read_text()
+    assert ("No validation yet" in written) == (best is None)
+    assert ("No curves: no validation yet." in written) == (history == [])
+    assert ("No curves: no validation gave a finite loss." in written) == (best is None and history != [])
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ([], "no validation yet"),
+        ([NAN], "no validation gave a finite loss"),
+        ([INFINITE, NAN], "no validation gave a finite loss"),
+        ([GOOD], None),
+    ],
+    ids=["none", "NaN", "infinite", "one"],
+)
+def test_there_is_a_picture_whatever_happened_and_it_says_what(tmp_path, monkeypatch, history, words):
+    drawn, subplots = [], Figure.subplots
+    monkeypatch.setattr(Figure, "subplots", lambda figure, *args: drawn.append(subplots(figure, *args)) or drawn[0])
+    write_curves(tmp_path, RECORD | {"best": None, "published_protocol": False}, history)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for axes in drawn[0]:
+        assert axes.get_title()
+        assert [text.get_text() for text in axes.texts] == ([words] if words else [])
+        assert bool(axes.lines) == (words is None)
+
+
+class Stop(Progress):
+    """Interrupts after the first step."""
+
+    def step(self, *_):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_interrupted_before_its_first_validation_says_so_wherever_its_model_is_asked_for(tmp_path):
+    config = tiny_config(write_text(tmp_path / "text"), results_dir=str(tmp_path / "results"), name="r")
+    run = nl.train(config, progress=Stop())
+    assert (run.record["status"], run.best, len(run.history)) == ("interrupted", None, 0)
+    assert (run.folder / "curves.png").is_file()
+    assert "No curves: no validation yet." in run.report
+    message = (
+        f"{tmp_path}/results/r: no validation is behind this run yet, so there is no model: train it on (the same "
+        "call; in a notebook that cell again)"
+    )
+    asks = [
+        lambda: run.model,
+        lambda: run.tokenizer,
+        lambda: nl.evaluate(run),
+        lambda: nl.evaluate(run.folder),
+        lambda: nl.bundle(run),
+        lambda: nl.bundle(run, checkpoint=True),
+        lambda: nl.export(run, tmp_path / "out"),
+    ]
+    for ask in asks:
+        with pytest.raises(NoModelError) as raised:
+            ask()
+        assert str(raised.value) == message
+    assert isinstance(raised.value, CheckpointError)
+    assert raised.value._render_traceback_() == [f"\x1b[31m{message}\x1b[0m"]
+    asked = CliRunner().invoke(cli.main, ["generate", str(run.folder), "--prompt", "w1"])
+    assert (asked.exit_code, asked.stderr) == (1, f"Error: {message}\n")
+    report.write_history(run.folder, [INFINITE])
+    with pytest.raises(NoModelError, match="r: no validation gave a finite loss, so there is no model"):
+        nl.bundle(run)
+    after = nl.train(config, progress=Progress())
+    assert after.model.config.num_layers == 2
+    (after.folder / "model" / "model.safetensors").unlink()
+    assert nl.load(after.folder).model.config.num_layers == 2  # by the best checkpoint
+    (after.folder / "checkpoints" / "best_r.pt").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"best_r\.pt: cannot be read"
+    ) as lost:  # validated, but its files are gone
+        _ = nl.load(after.folder).model
+    assert not isinstance(lost.value, NoModelError)
+
+
+@pytest.mark.parametrize(("size", "font"), [((4.3, 4.0), 10), ((3.0, 2.7), 8)], ids=["curves.png", "live"])
+@pytest.mark.parametrize(("low", "high"), [(25, 190), (30, 310), (24, 800), (30, 20_000), (1e-5, 3e2)])
+def test_the_numbers_on_a_log_axis_are_plain_and_do_not_touch(low, high, size, font):
+    figure = Figure(figsize=size)
+    axes = figure.subplots()
+    axes.tick_params(labelsize=font)
+    axes.plot([0, 1, 2], [high, (low * high) ** 0.5, low])
+    plain_log_axis(axes)
+    figure.canvas.draw()
+    bottom, top = axes.get_ylim()
+    shown = [label for label in axes.get_yticklabels() if bottom <= label.get_position()[1] <= top]
+    boxes = [label.get_window_extent() for label in shown]
+    assert len(boxes) >= 3
+    assert all(above.y0 > below.y1 for below, above in pairwise(boxes))
+    assert all("$" not in label.get_text() for label in shown)  # as in 10 to the power of 2
 
 
 @pytest.mark.parametrize("epochs", [[0.0154], [0.3077], [12.3456], [0.0154, 0.0308], [*range(1, 51)]], ids=len)
@@ -77,7 +173,7 @@ def test_epochs_begin_at_0_and_their_labels_do_not_touch(tmp_path, monkeypatch, 
     if draw == "live":
         curves_png(record, history)
     else:
-        report.write_curves(tmp_path, record, history)
+        write_curves(tmp_path, record, history)
     for axes in drawn[0]:
         left, right = axes.get_xlim()
         assert left == 0

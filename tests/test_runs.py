@@ -387,6 +387,9 @@ def test_plan_decides_without_training_or_writing(config, tmp_path):
     assert text["rate"].startswith(
         "0.003: set directly (0.0001 at batch 32, not scaled by the batch would give 0.0001)"
     )
+    assert "copy" not in text
+    text = dict(nl.plan(config, name="r", mirror_dir=tmp_path / "drive")[1])
+    assert text["copy"].startswith(f"{tmp_path / 'drive' / 'r'}: the best, the final and the last two other checkpoint")
     assert not (tmp_path / "results").exists()
 
 

@@ -11,6 +11,10 @@ import pytest
 
 CELL = Path(__file__).resolve().parent.parent / "notebooks" / "setup_cell.py"
 
+ALREADY = (
+    "SOURCE not used, newllm_lib is here already; to take it anew: %pip uninstall -y newllm_lib, restart, run all\n"
+)
+
 
 def run_cell(python, folder, **environment):
     """What the cell printed, as IPython shows it; `environment` is added to this one's."""
@@ -69,11 +73,16 @@ def versions(python):
 
 
 def test_a_checkout_is_used_from_within_and_from_beside(repository, python, tmp_path):
-    (tmp_path / "newllm_lib").symlink_to(repository)  # as `git clone` leaves it in Colab's /content
+    clone = tmp_path / "newllm_lib"  # as `git clone` leaves it in Colab's /content
+    clone.mkdir()
+    (clone / "newllm_lib").symlink_to(repository / "newllm_lib")
+    stated = (repository / "setup.py").read_text().replace('version="0.1.0"', 'version="7.8.9"')
+    (clone / "setup.py").write_text(stated)
     for folder in (repository / "notebooks", repository, tmp_path):
-        done = run_cell(python, folder)
+        version, home = ("7.8.9", clone) if folder == tmp_path else ("0.1.0", repository)
+        done = run_cell(python, folder, NEWLLM_SOURCE="/nowhere.whl")  # the checkout goes before
         assert done.returncode == 0, done.stdout
-        assert done.stdout.splitlines()[0].endswith("newllm_lib/newllm_lib" if folder == tmp_path else "newllm_lib")
+        assert done.stdout.splitlines()[0] == f"newllm_lib {version} from {home / 'newllm_lib'}"
         assert done.stdout.splitlines()[1].startswith("torch 2.")
 
 
@@ -82,13 +91,22 @@ def test_a_wheel_is_installed_and_nothing_else_changes(wheel, python, tmp_path, 
     folder, before = tmp_path / "empty", versions(python)
     if way == "beside":
         (folder / wheel.name).symlink_to(wheel)
-        (folder / "newllm_lib-0.0.1-py3-none-any.whl").write_bytes(b"an older one, not taken")
+        older = folder / "newllm_lib-0.9.0-py3-none-any.whl"
+        older.write_bytes(b"not taken: the later version by its name, but the older file")
+        os.utime(older, (0, 0))
     done = run_cell(python, folder, **({"NEWLLM_SOURCE": str(wheel)} if way == "source" else {}))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "site-packages/newllm_lib" in done.stdout.splitlines()[0]
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("newllm_lib 0.1.0 from ")
+    assert "site-packages/newllm_lib" in first
     assert versions(python) - before == {"newllm_lib==0.1.0"}
-    again = run_cell(python, folder, NEWLLM_SOURCE="/nowhere.whl")  # already there: pip is not even asked
-    assert again.stdout == done.stdout
+    if way == "source":  # already there: pip is not even asked, which is said
+        again = run_cell(python, folder, NEWLLM_SOURCE="/nowhere.whl")
+        assert again.stdout == ALREADY + done.stdout
+    else:  # nothing was asked for, so nothing is said; and metadata that are gone do not matter
+        (Path(first.partition(" from ")[2]).parent / "newllm_lib-0.1.0.dist-info" / "METADATA").unlink()
+        again = run_cell(python, folder)
+        assert again.stdout == done.stdout.replace("newllm_lib 0.1.0 ", "newllm_lib unreleased ")
 
 
 def test_a_source_that_wants_to_replace_something_is_refused(wheel, python, tmp_path):

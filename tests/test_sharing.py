@@ -348,3 +348,22 @@ def test_sharing_is_at_the_front_door():
     import newllm_lib as nl
 
     assert (nl.bundle, nl.open_bundle, nl.export) == (sharing.bundle, sharing.open_bundle, sharing.export)
+
+
+def test_the_files_of_a_study_as_one_file(tmp_path):
+    study = tmp_path / "grid"
+    (study / "a run" / "checkpoints").mkdir(parents=True)
+    (study / "a run" / "run.json").write_text("{}")
+    for name in ("study.json", "table.csv", ".hidden"):
+        (study / name).write_text(name)
+    path = sharing.archive(study)
+    assert path == tmp_path / "grid.zip"
+    first = path.read_bytes()
+    with zipfile.ZipFile(path) as packed:
+        assert {name: packed.read(name) for name in packed.namelist()} == {
+            "grid/study.json": b"study.json", "grid/table.csv": b"table.csv",
+        }  # fmt: skip
+    assert sharing.archive(study).read_bytes() == first  # whenever it is made
+    with pytest.raises(ValueError, match="empty: holds no files to take along"):
+        (tmp_path / "empty").mkdir()
+        sharing.archive(tmp_path / "empty")

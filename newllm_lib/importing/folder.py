@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from newllm_lib import presets, published, report
+from newllm_lib import curves, presets, published, report
 from newllm_lib.checkpoint import export_model
 from newllm_lib.config import SPECIAL_TOKENS, ModelConfig, RunConfig, flat_fields
 from newllm_lib.hardware import choose_precision, detect, environment
@@ -65,7 +65,7 @@ def import_run(
         report.write_record(temporary, record)
         report.write_history(temporary, history.rows)
         if history.rows:
-            report.write_curves(temporary, record, history.rows)
+            curves.write_curves(temporary, record, history.rows)
         report.write_report(temporary, record, history.rows)
         temporary.rename(folder)
     finally:

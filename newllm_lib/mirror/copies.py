@@ -129,11 +129,7 @@ class RunCopy:
                 with contextlib.suppress(CheckpointError):  # it is named when it is passed over
                     found = load_checkpoint(self.place / name, lambda text: None).get("identity")
         if found not in (None, self.identity):
-            raise CheckpointError(
-                f"{self.place}: the copy of a run with other settings or other data (identity {found[:12]}, here "
-                f"{self.identity[:12]}). Give another name or mirror_dir; or fresh=True (in the shell --fresh), "
-                "which keeps it under another name"
-            )
+            raise CheckpointError(of_another_run(self.place, found, self.identity))
 
     def _verified(self, there: dict[str, list[Entry]], tell: Callable[[str], None]) -> list[tuple[str, Entry]]:
         """(name, entry) of the copy's checkpoints whose content is as recorded; the others are named."""
@@ -284,6 +280,14 @@ class RunCopy:
             for path in folder.glob(".*.tmp"):
                 with contextlib.suppress(OSError):
                     _remove(path)
+
+
+def of_another_run(place: Path, found: str, identity: str) -> str:
+    """Why a run cannot use a copy."""
+    return (
+        f"{place}: the copy of a run with other settings or other data (identity {found[:12]}, here {identity[:12]}). "
+        "Give another name or mirror_dir; or fresh=True (in the shell --fresh), which keeps it under another name"
+    )
 
 
 def _sound(name: str, entries: list[Entry]) -> bool:

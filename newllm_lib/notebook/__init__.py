@@ -1,4 +1,4 @@
-"""What a notebook adds: `NotebookProgress` shows a run live; `in_notebook` tells whether there is one to show it in."""
+"""What a notebook adds: `NotebookProgress` shows a run live, where a kernel runs this."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from newllm_lib.diagnose import Row, follow
 from newllm_lib.mirror import Safety
 from newllm_lib.notebook.colab import unsaved
 from newllm_lib.notebook.progress import View, curves_png, page, summary
-from newllm_lib.progress import Progress, TerminalProgress, rows_before
+from newllm_lib.progress import Progress, TerminalProgress, in_kernel, rows_before
 
-__all__ = ["NotebookProgress", "in_notebook"]
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel; False in a script and in IPython in a terminal."""
-    ipython = sys.modules.get("IPython")  # a kernel has loaded it long before
-    return getattr(ipython.get_ipython() if ipython else None, "kernel", None) is not None
+__all__ = ["NotebookProgress"]
 
 
 class NotebookProgress(Progress):
@@ -35,7 +29,7 @@ class NotebookProgress(Progress):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._plain = None if in_notebook() else TerminalProgress()
+        self._plain = None if in_kernel() else TerminalProgress()
         self._safety: Callable[[], Safety | None] = unsaved
         self._start()
 

@@ -13,19 +13,22 @@ from typing import NamedTuple
 
 from newllm_lib.files import write_text_atomic
 from newllm_lib.mirror import Safety
+from newllm_lib.progress import in_kernel
 
 MOUNT_POINT = Path("/content/drive")
 DRIVE_FOLDER = "MyDrive/newllm"
 MAX_DOWNLOAD_BYTES = 100 << 20
 """Above it a download through the browser is not tried: large ones fail without a word."""
 KAGGLE_OUTPUT = Path("/kaggle/working")
+_NOT_FLUSHED = "Google Drive was NOT flushed"
+_MAY_BE_MISSING = (
+    "What was written last may not have reached Google: look at drive.google.com before you end this session."
+)
 
 
 class Storage(NamedTuple):
-    """Where runs are written, and where a copy of each is kept."""
+    """Where a copy of each run is kept."""
 
-    results_dir: str
-    """On this machine."""
     mirror_dir: str | None
     """On Google Drive; None where that is off, or cannot be used."""
 
@@ -54,15 +57,14 @@ def unsaved() -> Safety | None:
 
 
 def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:
-    """Results on this machine; with `use_drive` on Colab also a verified copy in `folder` of Google Drive.
+    """With `use_drive` on Colab, where runs get a verified copy: `folder` of Google Drive; else they are here alone.
 
     Off, it does and asks nothing. On, it mounts Drive, which asks for permission unless it is mounted already; where
     that fails, for whatever reason or because it is interrupted, a red note says why, and the work goes on on this
     machine alone. ValueError when `folder` is no path such as MyDrive/newllm.
     """
-    results = "results"
     if not use_drive:
-        return Storage(results, None)
+        return Storage(None)
     parts = PurePosixPath(folder).parts
     if parts[:1] not in (("MyDrive",), ("Shareddrives",)) or len(parts) < 2 or ".." in parts:
         raise ValueError(f"folder = {folder!r}: must be a folder below MyDrive or Shareddrives, such as {DRIVE_FOLDER}")
@@ -71,18 +73,19 @@ def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:
         place.mkdir(parents=True, exist_ok=True)
         _check_writing(place)
     except KeyboardInterrupt:
-        _warn("the mounting was interrupted", "To use Drive, run this cell again and allow the access.")
+        _not_used("the mounting was interrupted", "To use Drive, run this cell again and allow the access.")
     except ImportError:
-        _warn("only Colab can mount it", "Elsewhere give a folder of your own as mirror_dir.")
+        _not_used("only Colab can mount it", "Elsewhere give a folder of your own as mirror_dir.")
     except NotImplementedError as error:
-        _warn(f"this kind of runtime cannot mount it ({error})", "Take the results with you by the last cell.")
+        _not_used(f"this kind of runtime cannot mount it ({error})", "Take the results with you by the last cell.")
     except Exception as error:  # the browser's part of it has errors of its own
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        _warn(reason, "To try again: Runtime > Restart session, then Run all, and allow the access when asked.")
+        _not_used(
+            _named(error), "To try again: Runtime > Restart session, then Run all, and allow the access when asked."
+        )
     else:
         print(f"runs are copied to {place} (Colab sends them on to Google's servers in the background)")
-        return Storage(results, str(place))
-    return Storage(results, None)
+        return Storage(str(place))
+    return Storage(None)
 
 
 def _mounted() -> Path:
@@ -111,10 +114,11 @@ def flush_drive(minutes: float = 10) -> bool:
 
         drive.flush_and_unmount(timeout_ms=int(minutes * 60_000))
     except KeyboardInterrupt:
-        _warn("the waiting was interrupted", "What was written last may not have arrived yet.")
+        _warn(_NOT_FLUSHED, f"the waiting was interrupted. {_MAY_BE_MISSING}")
+    except ImportError:
+        _warn(_NOT_FLUSHED, "only Colab mounts it, so nothing here waits to be sent.")
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        _warn(f"it was not flushed ({reason})", "Look at the newest files on drive.google.com before you end this.")
+        _warn(_NOT_FLUSHED, f"{_named(error)}. {_MAY_BE_MISSING}")
     else:
         return True
     return False
@@ -133,7 +137,7 @@ def offer_download(path: str | Path) -> None:
         return
     if in_kaggle():
         print(f"what lies in {KAGGLE_OUTPUT} is under Output on the right, and is kept when you choose Save Version")
-    if _in_notebook() and path.resolve().is_relative_to(Path.cwd()):  # what a notebook's server can link to
+    if in_kernel() and path.resolve().is_relative_to(Path.cwd()):  # what a notebook's server can link to
         from IPython.display import FileLink, display
 
         link = FileLink(os.path.relpath(path))
@@ -142,7 +146,10 @@ def offer_download(path: str | Path) -> None:
 
 
 def _download_from_colab(path: Path, size: int) -> None:
-    by_hand = "take it from the file browser (the folder on the left), or use Drive: use_drive=True in the storage cell"
+    by_hand = (
+        "take it from the file browser (the folder on the left); to keep runs on Google Drive: USE_DRIVE where the "
+        "settings have it, else mirror_dir=nl.storage(use_drive=True).mirror_dir in nl.train"
+    )
     if size > MAX_DOWNLOAD_BYTES:
         print(f"too large for a download by the browser; {by_hand}")
         return
@@ -156,20 +163,20 @@ def _download_from_colab(path: Path, size: int) -> None:
         print(f"your browser downloads it; should nothing arrive, {by_hand}")
 
 
-def _warn(reason: str, remedy: str) -> None:
-    """In red: Drive is not used, why, and what to do."""
-    title = "Google Drive is NOT used"
-    if not _in_notebook():
-        print(f"warning: {title}: {reason}. The work is on this machine only. {remedy}", file=sys.stderr)
+def _not_used(reason: str, remedy: str) -> None:
+    _warn("Google Drive is NOT used", f"{reason}. The work is on this machine only, and lost with it. {remedy}")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _warn(title: str, text: str) -> None:
+    """In red where that can be: what did not go as it was meant to, why, and what to do."""
+    if not in_kernel():
+        print(f"warning: {title}: {text}", file=sys.stderr)
         return
     from IPython.display import HTML, display
 
     style = "border:2px solid #d62828;border-left-width:10px;background:rgba(214,40,40,.12);padding:6px 10px"
-    text = f"{escape(reason)}. The work is on this machine only, and lost with it. {escape(remedy)}"
-    display(HTML(f'<div style="{style}"><b style="color:#d62828">{title}</b>: {text}</div>'))
-
-
-def _in_notebook() -> bool:
-    from newllm_lib import notebook  # this file is a part of it
-
-    return notebook.in_notebook()
+    display(HTML(f'<div style="{style}"><b style="color:#d62828">{title}</b>: {escape(text)}</div>'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 from newllm_lib import presets
@@ -11,6 +12,7 @@ from newllm_lib.config import FlatField, RunConfig, flat_fields
 from newllm_lib.notation import command
 from newllm_lib.notebook.panel_fields import Setting
 from newllm_lib.notebook.panel_plan import Plan, Planner, lines_of, plan_html, refused_html
+from newllm_lib.progress import in_kernel
 
 MOST_USED = ("data", "epochs", "max_steps", "batch_size", "lr", "dropout", "seed")
 """Always in view, below the preset; every other field is in a group that opens."""
@@ -136,15 +138,13 @@ class Panel:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        from newllm_lib.notebook import in_notebook
-
-        if not in_notebook():
+        if not in_kernel():
             print(repr(self))
             return
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
         display({"text/plain": self.command, "application/vnd.jupyter.widget-view+json": view}, raw=True)
         self._follow_cells()
-        self.refresh()
+        self.refresh(measure=True)  # seconds, and only where nothing is known of such a model here
 
     # --- the widgets --------------------------------------------------------------------------------------------
 
@@ -212,7 +212,8 @@ class Panel:
         try:
             self._config = self._described()
             if self._planner.must_read(self._config):
-                self._say(f"reading the text of {self.settings['data'].value} …")
+                what = " and measuring this machine" if measure else ""
+                self._say(f"reading the text of {self.settings['data'].value}{what} …")
             elif measure:
                 self._say("measuring this machine …")
             self._plan = self._planner.plan(self._config, measure)
@@ -227,7 +228,7 @@ class Panel:
         self._mark()
 
     def _say(self, text: str) -> None:
-        self._shown.value = f'<div style="padding:8px 0;opacity:.75">{text}</div>'
+        self._shown.value = f'<div style="padding:8px 0;opacity:.75">{escape(text)}</div>'
 
     def _mark(self) -> None:
         """What differs from the preset, and what training is refused for, beside the fields and on their groups."""

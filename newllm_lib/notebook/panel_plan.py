@@ -13,6 +13,7 @@ from newllm_lib.checkpoint import Checkpoints
 from newllm_lib.config import RunConfig
 from newllm_lib.earlier import checkpoints_gone, decisions, earlier_record, run_folder
 from newllm_lib.mirror import Mirror
+from newllm_lib.mirror.copies import of_another_run
 from newllm_lib.notebook.panel_fields import ORANGE, PILL, RED
 from newllm_lib.notebook.progress import LINE, MONOSPACE
 from newllm_lib.planning import Speed, make_setup, memory_estimate_bytes, plan_lines, unfaithful_reason
@@ -92,6 +93,7 @@ class Planner:
             stop = refusal_of(setup, folder, record)
             if not record and copy:
                 record = earlier_record(copy, setup.identity)  # which training brings back
+                stop = refusal_of(setup, folder, record, copy)
             decided = decisions(record, setup.identity)
             setup = make_setup(config, decided, text) if decided else setup
         except ValueError as error:  # of that run: another folder would do
@@ -121,12 +123,15 @@ def _in_pieces(setup: Setup, decided: dict[str, Any]) -> Setup:
     return settle_batch(setup, decided, lambda text: None)
 
 
-def refusal_of(setup: Setup, folder: Path, record: dict[str, Any]) -> str:
-    """Why a run cannot go on from what its folder holds, in the words of `train`; '' where it can."""
+def refusal_of(setup: Setup, folder: Path, record: dict[str, Any], copy: Path | None = None) -> str:
+    """Why a run cannot go on from what its folder, or a copy of that, holds, in the words of `train`; '' if it can."""
     if not record:
         return ""
+    if copy and record["identity"] != setup.identity:
+        return of_another_run(copy, record["identity"], setup.identity)
     checkpoints = Checkpoints(folder / "checkpoints", folder.name)
-    newest = next(iter(checkpoints.files()), None)
+    files = Checkpoints((copy or folder) / "checkpoints", folder.name).files()
+    newest = checkpoints.folder / files[0].name if files else None
     if newest is None:
         return checkpoints_gone(checkpoints.folder, record["step"]) if record["best"] else ""
     if record["identity"] != setup.identity:

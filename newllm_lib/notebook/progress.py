@@ -13,9 +13,10 @@ from html import escape
 from typing import Any
 
 from newllm_lib import published
+from newllm_lib.curves import plain_log_axis, set_epoch_axis
 from newllm_lib.diagnose import Row, Spell, best_row, number
 from newllm_lib.mirror import Safety
-from newllm_lib.report import duration, set_epoch_axis
+from newllm_lib.report import duration
 
 # --- the page ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ def curves_png(record: dict[str, Any] | None, history: list[Row]) -> bytes:
             )
         reached = [value for line in ppl.lines for value in line.get_ydata() if math.isfinite(value)]
         if reached and max(reached) > 4 * min(reached):
-            _plain_log_scale(ppl)
+            plain_log_axis(ppl)
         for axes, title in ((loss, "loss (nats a token)"), (ppl, "perplexity"), (accuracy, "accuracy (%)")):
             axes.set_title(title)
             axes.set_xlabel("epochs", labelpad=1)
@@ -255,16 +256,6 @@ def curves_png(record: dict[str, Any] | None, history: list[Row]) -> bytes:
     # 64 colours: a quarter of the bytes, which every update sends to the browser again
     image.quantize(64, method=Image.Quantize.FASTOCTREE).save(data, "png", optimize=True)
     return data.getvalue()
-
-
-def _plain_log_scale(axes) -> None:
-    """A log axis with plain numbers, several to a decade."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _drawn(history: list[Row], name: str) -> list[float]:

@@ -28,6 +28,8 @@ _START = 8
 _FINENESS = 16
 """`fill` is searched to a sixteenth of the batch, but not finer than _GRAIN."""
 _GRAIN = 8
+_ESTIMATE_MARGIN = 1.25
+"""The estimate of a step's memory is up to a quarter too high."""
 _MORE_MEMORY = 1.1
 """A batch that memory had ended is sought anew when so many times the memory is usable."""
 
@@ -131,10 +133,12 @@ def settle_batch(setup: Setup, decided: dict[str, Any], report: Callable[[str], 
     What `decided` (of an earlier part of the run) or the configuration says stays. A recipe's pieces come from the
     estimate of a plan; training itself makes them smaller where that was wrong.
     """
-    train = setup.config.train
-    if train.batch_policy != "recipe":
-        if "batch_size" in decided:
-            return setup
+    train, limit = setup.config.train, MEMORY_SHARE * memory_of(setup.machine).usable_bytes
+    if train.batch_policy != "recipe" and "batch_size" in decided:
+        limit *= (
+            _ESTIMATE_MARGIN  # it fitted where it was found, whatever the estimate says; a smaller machine is not that
+        )
+    elif train.batch_policy != "recipe":
         choice = search_batch(setup, train.batch_policy, report=report)
         own, steps = setup.requested.train.batch_size, setup.requested.train.max_steps
         instead = read = ""
@@ -147,7 +151,7 @@ def settle_batch(setup: Setup, decided: dict[str, Any], report: Callable[[str], 
         return with_batch(setup, choice.batch_size, reason=f"{choice.policy}{instead}: {choice.reason}{read}")
     if train.micro_batch_size or decided.get("micro_batch_size"):
         return setup
-    limit, whole, micro = MEMORY_SHARE * memory_of(setup.machine).usable_bytes, memory_estimate_bytes(setup), None
+    whole, micro = memory_estimate_bytes(setup), None
     while micro != 1 and memory_estimate_bytes(with_batch(setup, train.batch_size, micro)) > limit:
         micro = -(-(micro or train.batch_size) // 2)
     why = f"all at once would take about {whole / 2**30:.1f} GiB, and there is room for {limit / 2**30:.1f}"

@@ -14,7 +14,7 @@ from newllm_lib.trainer import Setup
 
 _CPU_ROWS = (32, 128)
 """Sequences of the short measurements on a CPU: two, for the time of a step is a line over them."""
-_LONG_SECONDS = 2.0
+_LONG_SECONDS = 0.3
 """A step of the first so long leaves the second out."""
 _MOST_GROWTH = 2.0
 """Beyond the largest batch measured, the speed is believed to rise at most so many times."""

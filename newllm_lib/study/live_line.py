@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from newllm_lib.progress import Progress
+from newllm_lib.progress import STOPPING, Progress, in_kernel
 
 _PAUSE_SECONDS = 0.5
 
@@ -16,12 +16,13 @@ _PAUSE_SECONDS = 0.5
 class LiveLine(Progress):
     """In a terminal the last line is rewritten while a run trains; in a notebook all of them are one display.
 
-    `label` says which run it is; warnings are shown once each, other messages not at all. `clock` gives seconds.
+    `label` says which run it is; warnings are shown once each, and that a run is about to stop; other messages not at
+    all. `clock` gives seconds.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self.label = ""
-        self._page = _Page() if stream is None and _in_kernel() else None
+        self._page = _Page() if stream is None and in_kernel() else None
         self._stream = stream or sys.stderr
         self._clock, self._last, self._width = clock, float("-inf"), 0
         self._warnings: set[str] = set()
@@ -36,9 +37,11 @@ class LiveLine(Progress):
         print(text, file=self._stream, flush=True)
 
     def message(self, text: str) -> None:
-        """Let a warning stay, the first time."""
+        """Let a warning stay, the first time, and what an interrupt is answered with."""
         if text.startswith("warning") and text not in self._warnings:
             self._warnings.add(text)
+            self.say(text)
+        elif text.startswith(STOPPING):
             self.say(text)
 
     def step(self, step: int, total_steps: int, epoch: float, loss: float, tokens_per_second: float) -> None:
@@ -51,6 +54,8 @@ class LiveLine(Progress):
 
     def close(self) -> None:
         """Remove the moving line."""
+        if self._page:
+            self._page.show("")
         self._erase()
 
     def _move(self, text: str) -> None:
@@ -79,8 +84,18 @@ class _Page:
     def __init__(self):
         self.lines: list[str] = []
         self._handle: Any = None
+        self._showing = False
 
     def show(self, moving: str) -> None:
+        if self._showing:  # a signal brought a line in the middle of this: the next time shows it
+            return
+        self._showing = True
+        try:
+            self._show(moving)
+        finally:
+            self._showing = False
+
+    def _show(self, moving: str) -> None:
         from IPython.display import display
 
         data = {"text/plain": "\n".join([*self.lines, moving]).rstrip("\n")}
@@ -88,9 +103,3 @@ class _Page:
             self._handle = display(data, raw=True, display_id=True)
         else:
             self._handle.update(data, raw=True)
-
-
-def _in_kernel() -> bool:
-    """Whether a notebook's kernel runs this."""
-    ipython = sys.modules.get("IPython")
-    return getattr(ipython.get_ipython() if ipython else None, "kernel", None) is not None

@@ -22,6 +22,14 @@ FAILURE = "failure.txt"
 """What a run leaves in its folder when training breaks down; it is not tried again while this is there."""
 
 
+class StudyInterrupted(KeyboardInterrupt):
+    """A study was interrupted while it trained one of its runs; what is done is saved."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows."""
+        return ["interrupted; what is done is saved: run this cell again to go on"]
+
+
 def listed(values: str | Iterable, kind: type = str) -> tuple:
     """What was given one by one, or as a text with commas; ValueError for a part that is no `kind`."""
     parts = [part.strip() for part in values.split(",")] if isinstance(values, str) else list(values)
@@ -89,18 +97,21 @@ def train_member(
     """The run of a configuration with a name of its own, ended in one way or another.
 
     fingerprint: of the data; total_steps: what the study plans for it. A run that breaks down is left as it is, which
-    is a result too (`failure_of`). Raises KeyboardInterrupt where it was interrupted (it is saved, and the same call
+    is a result too (`failure_of`). Raises StudyInterrupted where it was interrupted (it is saved, and the same call
     goes on with it), ValueError as `check_length`.
     """
     folder = Path(config.results_dir) / config.name
     if not has_ended(config, fingerprint):
+        interrupted = f"{folder}: interrupted; the same call goes on from here"
         try:
             run = runs.train(config, progress=progress, watch=watch)
         except TrainingError as error:
             write_text_atomic(folder / FAILURE, f"{error}\n")
+        except KeyboardInterrupt as error:  # for the second time, or before the first step
+            raise StudyInterrupted(interrupted) from error
         else:
             if run.record["status"] == "interrupted":
-                raise KeyboardInterrupt(f"{folder}: interrupted; the same call goes on from here")
+                raise StudyInterrupted(interrupted)
     check_length(folder, total_steps)  # again: a copy or a checkpoint may have been further than its record
     return runs.load(folder)
 

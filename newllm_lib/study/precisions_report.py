@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from newllm_lib.curves import plain_log_axis
 from newllm_lib.files import write_atomic
 from newllm_lib.study.rounding import ALL
 
@@ -321,18 +322,8 @@ def _validation_panel(axes, record: dict[str, Any], validations: DataFrame) -> N
         axes.plot(rows["step"], rows["val_ppl"], marker="o", markersize=3.5, **style)
     values = validations["val_ppl"].dropna()
     if len(values) and values.max() > 4 * values.min():
-        _plain_log(axes)
+        plain_log_axis(axes)
     _finish(axes, "Validation perplexity (lower is better)", "updates")
-
-
-def _plain_log(axes) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5."""
-    from matplotlib import ticker
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _norm_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
@@ -347,7 +338,7 @@ def _norm_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
             axes.plot(
                 left_out["batch"], at, "v", transform=axes.get_xaxis_transform(), color=style["color"], label=name
             )
-    _plain_log(axes)
+    plain_log_axis(axes)
     _finish(axes, f"Gradient norm before clipping (median of {record['window']})")
 
 
@@ -363,7 +354,7 @@ def _distance_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
         name = f"{style['label']} from {first['label'].upper()}"
         axes.plot(rows["batch"], 100 * rows["distance"], marker=".", **style | {"label": name, "linestyle": "-"})
     axes.set_xscale("log")
-    _plain_log(axes)
+    plain_log_axis(axes)
     axes.xaxis.set_major_formatter("{x:g}")
     _finish(axes, "Distance of the weights (% of their size)")
 

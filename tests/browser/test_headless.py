@@ -1,8 +1,10 @@
 """Every notebook without a browser, here and with Colab's versions: twice in a row from an empty folder, unasked."""
 
 import json
+import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -51,6 +53,12 @@ def test_a_notebook_twice_in_a_row(path, stack, jupyter_of, jupyter_environment,
     for run, record in left.items():
         assert record["status"] in ("finished", "stopped early")
         assert {found.name for found in run.iterdir()} >= LEFT
+    offered = re.findall(r"^(.*\.zip) \(.* MiB\)$", "".join(o.get("text", "") for o in first.cells[-1].outputs), re.M)
+    assert len(offered) == 1  # the last cell gives one file to take away
+    assert zipfile.ZipFile(offered[0]).testzip() is None
+    if path.stem[:2] == "03":
+        models = [record["config"]["model"] for record in left.values()]
+        assert sorted((model["context_dim"], model["num_layers"]) for model in models) == [(64, 2), (96, 4)]
 
     again = executed(jupyter, copy, jupyter_environment)
     assert runs(tmp_path) == left
