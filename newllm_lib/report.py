@@ -141,8 +141,8 @@ def summary_text(record: dict[str, Any]) -> str:
     text = f"Best validation perplexity **{ppl}** {place}. Status: {record['status']}."
     if record.get("model_step") is not None:
         text += (
-            f" **The model here is not that best one**, but the one of step {record['model_step']:,}: the file that this "
-            "run was taken from had no other."
+            f" **The model here is not that best one**, but the one of step {record['model_step']:,}: the file that "
+            "this run was taken from had no other."
         )
     if record["faithful"] is not None:
         word = (

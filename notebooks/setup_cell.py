@@ -1,6 +1,7 @@
 # @title Set-up: from the checkout, an address, or a wheel; nothing that is installed is replaced
 SOURCE = ""  # @param {type:"string"}
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -13,11 +14,17 @@ from pathlib import Path
 SOURCE = SOURCE or os.environ.get("NEWLLM_SOURCE", "")
 here, drive = Path.cwd(), Path("/content/drive/MyDrive")
 checkout = [at for at in (here, *here.parents, here / "newllm_lib") if (at / "newllm_lib" / "__init__.py").is_file()]
-wheels = [wheel for at in (here, drive, drive / "newllm") for wheel in sorted(at.glob("newllm_lib-*.whl"))[-1:]]
+newest_last = [sorted(at.glob("newllm_lib-*.whl"), key=os.path.getmtime) for at in (here, drive, drive / "newllm")]
+wheels = [wheel for found in newest_last for wheel in found[-1:]]
 source, failure = SOURCE or next(map(str, wheels), ""), ""
 if checkout:
     sys.path.insert(0, str(checkout[0]))
-elif source and not importlib.util.find_spec("newllm_lib"):
+elif importlib.util.find_spec("newllm_lib"):
+    if SOURCE:
+        print(
+            "SOURCE not used, newllm_lib is here already; to take it anew: %pip uninstall -y newllm_lib, restart, run all"
+        )
+elif source:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as installed:  # pip may add to what is here, not change it
         found = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}
         installed.write(
@@ -44,4 +51,9 @@ import torch
 
 import newllm_lib as nl
 
-print(f"newllm_lib from {Path(nl.__file__).parent}\ntorch {torch.__version__}, Python {sys.version.split()[0]}")
+version, home = "unreleased", Path(nl.__file__).parent
+with contextlib.suppress(Exception):  # no reason to stop
+    version = importlib.metadata.version("newllm_lib") or version
+with contextlib.suppress(Exception):  # a checkout speaks for itself, whatever else is installed
+    version = re.search(r'version="(.+?)"', (home.parent / "setup.py").read_text("utf-8"))[1]
+print(f"newllm_lib {version} from {home}\ntorch {torch.__version__}, Python {sys.version.split()[0]}")

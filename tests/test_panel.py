@@ -453,20 +453,20 @@ def test_training_does_not_share_the_memory_with_the_panel(tiny):
 def test_minutes_come_from_the_measured_rate(tiny, monkeypatch):
     asked = []
 
-    def estimate(setup, measure):
-        asked.append((measure, plan_of(tiny)))
-        return Speed(10.0, "measured just now") if any(was for was, _ in asked) else None
+    def estimate(setup, measure, anew):
+        asked.append(((measure, anew), plan_of(tiny)))
+        return Speed(10.0, "measured just now") if any(was for (was, _), _ in asked) else None
 
     monkeypatch.setattr(panel_plan, "estimate_speed", estimate)
     repr(tiny)
     assert "time here not measured" in plan_of(tiny)
     buttons = {w.description: w for w in widgets_in(tiny.widget) if isinstance(w, ipywidgets.Button)}
     buttons["Measure this machine"].click()
-    assert asked[-1] == (True, "measuring this machine …")
+    assert asked[-1] == ((True, True), "measuring this machine …")
     assert "time here about 2 min 12 s" in plan_of(tiny)  # 16 steps of 82.75 tokens, 10 a second
     assert "validation not counted (10 tokens/s, measured just now)" in plan_of(tiny)
     tiny.set(epochs=1)
-    assert asked[-1][0] is False
+    assert asked[-1][0] == (False, False)
     assert "time here about 1 min 6 s" in plan_of(tiny)
 
 
@@ -619,7 +619,7 @@ def test_the_plan_tells_what_is_there(tiny):
 
 
 def test_minutes_are_of_the_steps_that_are_left(tiny, monkeypatch):
-    monkeypatch.setattr(panel_plan, "estimate_speed", lambda setup, measure: Speed(1.0, "slow"))
+    monkeypatch.setattr(panel_plan, "estimate_speed", lambda setup, measure, anew: Speed(1.0, "slow"))
     train(tiny, step=6)
     tiny.refresh()
     assert "time here about 13 min 48 s" in plan_of(tiny)  # 10 steps of 82.75 tokens, one a second

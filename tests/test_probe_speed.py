@@ -96,6 +96,15 @@ def test_the_very_configuration_is_measured_once(text, monkeypatch):
     assert again == (first.tokens_per_second, "measured here for this very configuration")
 
 
+def test_a_measurement_of_a_busy_moment_can_be_made_anew(text, monkeypatch):
+    setup = tiny_setup(text, batch_size=16)
+    for speed_then in (50.0, 800.0):
+        monkeypatch.setattr(speed, "time_steps", lambda setup, taken=speed_then: (taken, 1e-3))
+        assert estimate_speed(setup, anew=True).tokens_per_second == speed_then
+    monkeypatch.setattr(speed, "time_steps", refuse)
+    assert estimate_speed(setup) == (800.0, "measured here for this very configuration")
+
+
 def test_a_run_that_trained_long_enough_here_is_what_later_plans_go_by(text, tmp_path, monkeypatch):
     config = tiny_config(text, results_dir=str(tmp_path / "results"))
     monkeypatch.setattr(speed, "time_steps", refuse)

@@ -158,7 +158,7 @@ class Panel:
 
         buttons = [
             button("Back to the preset", self._preset_chosen),
-            button("Measure this machine", lambda: self.refresh(measure=True)),
+            button("Measure this machine", lambda: self.refresh(measure=True, anew=True)),
             button("Read the text again", self._read_again),
         ]
         self._again = buttons[-1]
@@ -206,8 +206,11 @@ class Panel:
 
     # --- the plan -----------------------------------------------------------------------------------------------
 
-    def refresh(self, measure: bool = False) -> None:
-        """Plan the run that the widgets describe, and show it; from the first time on every change does."""
+    def refresh(self, measure: bool = False, anew: bool = False) -> None:
+        """Plan the run that the widgets describe, and show it; from the first time on every change does.
+
+        measure, anew: as for `probe.estimate_speed`.
+        """
         self._live, self._plan, self._problem = True, None, ""
         try:
             self._config = self._described()
@@ -216,7 +219,7 @@ class Panel:
                 self._say(f"reading the text of {self.settings['data'].value}{what} …")
             elif measure:
                 self._say("measuring this machine …")
-            self._plan = self._planner.plan(self._config, measure)
+            self._plan = self._planner.plan(self._config, measure, anew)
         except Exception as error:  # whatever it is, Run all goes on
             known = isinstance(error, (ValueError, OSError)) and str(error)
             self._problem = str(error) if known else f"{type(error).__name__}: {error}"

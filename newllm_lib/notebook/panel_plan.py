@@ -82,7 +82,7 @@ class Planner:
         if self._text:
             self._text.splits.clear()
 
-    def plan(self, config: RunConfig, measure: bool = False) -> Plan:
+    def plan(self, config: RunConfig, measure: bool = False, anew: bool = False) -> Plan:
         """Every decision of a run; ValueError or OSError where training would raise it, in the same words."""
         text = self._read(config)
         setup = make_setup(config, prepared=text)
@@ -99,7 +99,7 @@ class Planner:
         except ValueError as error:  # of that run: another folder would do
             stop = str(error)
         setup = _in_pieces(setup, decided)
-        return Plan(setup, folder, record, stop, estimate_speed(setup, measure=measure))
+        return Plan(setup, folder, record, stop, estimate_speed(setup, measure=measure, anew=anew))
 
     def _read(self, config: RunConfig) -> Kept:
         if self.must_read(config):

@@ -20,17 +20,18 @@ _MOST_GROWTH = 2.0
 """Beyond the largest batch measured, the speed is believed to rise at most so many times."""
 
 
-def estimate_speed(setup: Setup, measure: bool = True) -> Speed | None:
+def estimate_speed(setup: Setup, measure: bool = True, anew: bool = False) -> Speed | None:
     """Tokens a second of a run on this machine, and how that is known.
 
-    measure: whether a model of which nothing is known yet may be measured for a second or two (it is then remembered).
-    Without, the answer takes milliseconds, and is None where nothing comparable was ever measured.
+    measure: whether a model of which nothing is known yet may be measured for some seconds (it is then remembered).
+    Without, the answer takes milliseconds, and is None where nothing comparable was ever measured. anew: measure in any
+    case; what was known of the sizes that are measured is replaced.
     """
     train, facts, store = setup.config.train, step_facts(setup), Store(setup.machine)
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
     known = [entry for entry in store.speeds() if entry["facts"].keys() == facts.keys()]
     own = [entry for entry in known if entry["facts"] == facts]
-    if measure and not own:
+    if anew or (measure and not own):
         _measure(setup, store, rows)
         own = [entry for entry in store.speeds() if entry["facts"] == facts]
     for entry in own:
