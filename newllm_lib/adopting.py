@@ -55,7 +55,7 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
             )
         folder = results / folder_name(name or opened.folder.name, path)
         if folder.exists():
-            return _place(*found, folder, opened.folder / "model")
+            return _place(*found, folder, opened)
         record = opened.record  # with the places of another machine
         for part in ("config", "requested"):
             record[part] = record.get(part, record["config"]) | {"mirror_dir": None}
@@ -88,10 +88,10 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _place(source: Path, payload: dict[str, Any], folder: Path, model: Path | None = None) -> Run:
+def _place(source: Path, payload: dict[str, Any], folder: Path, opened: Run | None = None) -> Run:
     """Copy a checkpoint into a run's folder, where that does not have it or a newer one, and bring the rest up to it.
 
-    model: the folder of the run's best weights, where the file has them.
+    opened: the bundle that it came in, which has a model too.
     """
     checkpoints, state = Checkpoints(folder / "checkpoints", folder.name), payload["state"]
     check_same_run(folder, payload["identity"])
@@ -100,7 +100,7 @@ def _place(source: Path, payload: dict[str, Any], folder: Path, model: Path | No
         is_best = state["best_step"] == state["step"]
         entry = {"sha256": sha256_of(source), "step": state["step"], "bytes": source.stat().st_size}
         copy_checkpoint(source, checkpoints.best if is_best else checkpoints.step(state["step"]), entry)
-        model_step = _place_model(source, state, checkpoints, model) if state["history"] else None
+        model_step = _place_model(source, state, checkpoints, opened) if state["history"] else None
         now = {"status": "interrupted", "step": state["step"], "best": report.best_row(state["history"])}
         record = (record or _record(payload, folder)) | now | {"model_step": model_step}
     elif record is None:
@@ -112,14 +112,14 @@ def _place(source: Path, payload: dict[str, Any], folder: Path, model: Path | No
     return Run(folder)
 
 
-def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, model: Path | None) -> int | None:
+def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, opened: Run | None) -> int | None:
     """Put the best weights into model/, or the checkpoint's own where there are no others; then their step."""
     target = checkpoints.folder.parent / "model"
     if valid_step(checkpoints.best) == state["best_step"]:
-        source, model = checkpoints.best, None
-    if model:
-        shutil.copytree(model, target, dirs_exist_ok=True)
-        return None
+        source, opened = checkpoints.best, None
+    if opened:
+        shutil.copytree(opened.folder / "model", target, dirs_exist_ok=True)
+        return opened.record.get("model_step")
     loaded = load_model(source)
     export_model(target, loaded.model, loaded.tokenizer)
     if source == checkpoints.best:

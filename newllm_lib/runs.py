@@ -224,6 +224,8 @@ def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> 
     state, setup = trainer.state, trainer.setup
     total, epoch, best = setup.total_steps, setup.steps_per_epoch, report.best_row(state.history)
     text = f"step {state.step:,} of {total:,} (epoch {state.step / epoch:.2f} of {total / epoch:.2f})"
+    if state.step > total:
+        text = f"step {state.step:,}, which is more than the {total:,} asked for"
     if best:
         text += f", best PPL so far {best['val_ppl']:.2f}"
     speed = estimate_speed(setup, measure=False)

@@ -129,7 +129,9 @@ def test_while_nothing_better_comes_the_weights_of_the_file_stay(place, tmp_path
     assert "not that best one" in longer.model.card
     own = nl.load_model(place / STEP).model.state_dict()
     assert same(dict(longer.model.state_dict()), dict(own))
-    assert bundle(longer, tmp_path / "r.zip", checkpoint=True).is_file()
+    path = bundle(longer, tmp_path / "r.zip", checkpoint=True)
+    adopt(tmp_path / "lucky.pt", tmp_path / "there")
+    assert adopt(path, tmp_path / "there").record["model_step"] == 11  # the bundle's model is no better
 
 
 @pytest.mark.parametrize("kind", ["bundle", "final"])

@@ -116,6 +116,9 @@ def test_the_same_settings_continue_and_a_finished_run_says_so(config):
     before = (run.folder / "report.md").stat().st_mtime_ns
     nl.train(config, progress=third)
     assert any("already finished" in text for text in third.messages)
+    fewer = Quiet()
+    nl.train(config, epochs=1, progress=fewer)
+    assert any("step 16, which is more than the 8 asked for, best PPL so far" in text for text in fewer.messages)
     assert (run.folder / "report.md").stat().st_mtime_ns == before
 
 
