@@ -1,6 +1,6 @@
 # make demo: install, train on the text that every Python carries, show what comes out.
-# make test: install what the tests need, run the whole suite.
-# make test-notebooks: every notebook without a browser, twice in a row, here and with Colab's versions.
+# make test: install what the tests need, run the suite but for what the next two do.
+# make test-notebooks: every notebook without a browser, twice in a row, here and with Colab's versions; the set-up cell.
 # make test-browser: the notebooks in JupyterLab and in classic Notebook (Colab's versions), in a headless Chromium.
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev
 test-notebooks: export NEWLLM_JUPYTER = $(abspath $(VENV))/bin/jupyter
 test-notebooks: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter
 test-notebooks: $(VENV)/.installed-dev $(VENV)-colab/.installed
-	$(VENV)/bin/python -m pytest -n 2 tests/test_notebooks.py tests/browser/test_headless.py
+	$(VENV)/bin/python -m pytest -n 2 tests/test_notebooks.py tests/test_setup_cell.py tests/browser/test_headless.py
 
 test-browser: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter
 test-browser: export NEWLLM_JUPYTER_LAB = $(abspath $(VENV)-jupyterlab)/bin/jupyter

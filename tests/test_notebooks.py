@@ -86,6 +86,7 @@ def test_a_notebook_is_valid_and_stripped(path):
             assert (cell.outputs, cell.execution_count) == ([], None)
 
 
+@pytest.mark.skipif("NEWLLM_JUPYTER" not in os.environ, reason="half a minute: make test-notebooks")
 def test_quickstart_twice_in_a_row(tmp_path, monkeypatch):
     monkeypatch.setenv("NEWLLM_SMOKE", "1")
     path = next(path for path in NOTEBOOKS if path.stem == "00_quickstart")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif("NEWLLM_JUPYTER" not in os.environ, reason="half a minute: make test-notebooks")
+
 CELL = Path(__file__).resolve().parent.parent / "notebooks" / "setup_cell.py"
 
 ALREADY = (
