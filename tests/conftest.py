@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from newllm_lib import curves
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 settings.register_profile("newllm", deadline=None)  # a busy machine is no failure
@@ -31,6 +33,12 @@ def quiet_environment(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
         patch.setattr(os, "fsync", lambda descriptor: None)  # what a power cut would lose is not what is tested
         yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing is most of the time of a tiny run."""
+    monkeypatch.setattr(curves, "write_curves", lambda *args: None)
 
 
 @pytest.fixture(scope="session")

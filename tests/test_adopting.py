@@ -13,6 +13,8 @@ from newllm_lib.checkpoint import CheckpointError, load_checkpoint, save_checkpo
 from newllm_lib.progress import Progress
 from newllm_lib.sharing import BundleError, bundle
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def trained(config, stop_at=None, **changes):
     """The trainer of a run, stopped after a step if asked for."""
@@ -31,11 +33,6 @@ def place(tmp_path_factory):
         trained(config, stop_at=11)
         trained(config, name="whole", epochs=3)
     return place
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(curves, "write_curves", lambda *args: None)
 
 
 def contents(folder):

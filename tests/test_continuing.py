@@ -11,6 +11,8 @@ from newllm_lib import planning, runs
 from newllm_lib.planning import with_batch
 from newllm_lib.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture
 def text(tmp_path):

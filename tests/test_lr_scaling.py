@@ -37,6 +37,8 @@ from newllm_lib.study.lr_scaling import (
 from newllm_lib.study.members import StudyInterrupted, listed
 from newllm_lib.text.prepare import Split
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):

@@ -28,6 +28,8 @@ from newllm_lib.progress import Progress
 from newllm_lib.settings import allowed_types
 from newllm_lib.text.prepare import Prepared
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 FIELDS = flat_fields()
 TOOLTIP = "tooltip" if ipywidgets.__version__ > "8" else "description_tooltip"
 

@@ -34,6 +34,8 @@ from newllm_lib.study.precisions import (
 from newllm_lib.study.rounding import batch_ids, gradients, part_of, rounding_errors
 from newllm_lib.study.step_log import StepLog, Weights, marks, read_steps, relative_distance
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 NEW_CPU = Machine(device="cpu", name="New CPU", cpu_flags=frozenset({"avx512_bf16"}))
 OLD_CPU = Machine(device="cpu", name="Old CPU")
 T4 = Machine(device="cuda:0", name="Tesla T4", capability=(7, 5))
