@@ -1,11 +1,12 @@
 # make demo: install, train on the text that every Python carries, show what comes out.
-# make test: install what the tests need, run the suite but for what the next two do.
+# make test: install what the tests need, run the suite but for what the next three do.
+# make test-slow: what of the suite takes longer than make test has time for.
 # make test-notebooks: every notebook without a browser, twice in a row, here and with Colab's versions; the set-up cell.
 # make test-browser: the notebooks in JupyterLab and in classic Notebook (Colab's versions), in a headless Chromium.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-notebooks test-browser lint clean
+.PHONY: demo test test-slow test-notebooks test-browser lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/newllm train quickstart --data builtin --batch-size 32 --max-steps 120 --validate-every-steps 20 --name demo
@@ -13,6 +14,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -n 2
+
+test-slow: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -n 2 -m slow
 
 test-notebooks: export NEWLLM_JUPYTER = $(abspath $(VENV))/bin/jupyter
 test-notebooks: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter

@@ -157,7 +157,7 @@ class TrainConfig(Checked):
     checkpoint_every_minutes: float = setting(5.0, 0, 100_000, open_low=True, identity=False)
     """Wall-clock time between the checkpoints that guard against a lost machine; the last two stay (minutes)."""
     max_skipped_steps: int = setting(20, 1, 1_000_000, identity=False)
-    """FP16 steps in a row with non-finite gradients after which training stops (steps)."""
+    """Skipped FP16 steps in a row after which training stops, or more than so many among twice as many (steps)."""
     eval_batch_size: int = setting(256, 1, 1_000_000, identity=False)
     """Sequences, or lanes of a stream, in one forward pass of the evaluation."""
     seed: int = setting(42, 0, 2**63 - 1)

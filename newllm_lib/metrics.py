@@ -22,6 +22,7 @@ from newllm_lib.config import PAD, UNK
 from newllm_lib.hardware import Precision, is_out_of_memory
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import ENGINES
+from newllm_lib.recurrence.gradient_sums import weight_gradient
 from newllm_lib.text.prepare import Split
 
 _CHUNK_LOGITS = 1 << 19
@@ -197,7 +198,7 @@ def token_losses(hidden: Tensor, head: tuple[Tensor, Tensor], targets: Tensor) -
             hidden.reshape(-1, hidden.shape[-1]).to(dtype).index_select(0, places),
             targets.reshape(-1)[places],
         )
-        nll, correct = _TokenLosses.apply(rows, head[0].to(dtype), head[1].to(dtype), wanted)
+        nll, correct = _TokenLosses.apply(rows, *head, wanted)
     return nll[:count], correct[:count]
 
 
@@ -205,13 +206,17 @@ class _TokenLosses(torch.autograd.Function):
     """Linear layer and cross entropy together: nll = logsumexp(logits) - logits[target].
 
     The gradient d nll / d logits = softmax - onehot is made in the forward pass, chunk by chunk while the logits are
-    at hand, and kept in the type of the products; the backward pass is two large products.
+    at hand, and kept in the type of the products, which is that of `hidden`; the backward pass is two large products.
+    Weight and bias are cast here and not by the caller, so that their gradients, sums over all targets, never pass
+    through 16 bits.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """nll (N,) and correct (N,) for hidden (N, H), weight (V, H), bias (V,) and targets (N,)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.types = weight.dtype, bias.dtype
+        weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
         nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         correct = torch.empty_like(nll, dtype=torch.bool)
         slopes = BUFFERS.empty(len(hidden), len(weight), like=hidden) if any(ctx.needs_input_grad) else None
@@ -236,9 +241,10 @@ class _TokenLosses(torch.autograd.Function):
         largest = grad_nll.abs().amax().clamp(min=torch.finfo(grad_nll.dtype).tiny)  # keeps FP16 in its range
         share = (grad_nll / largest).to(hidden.dtype)[:, None]  # (N, 1), at most 1
         grad_hidden = (slopes @ weight).mul_(share).mul_(largest)
-        grad_weight = (slopes.t() @ (hidden * share)) * largest.to(grad_nll.dtype)
-        grad_bias = (slopes.t() @ share).squeeze(1) * largest
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+        grad_weight = weight_gradient(slopes, hidden * share).mul_(largest)
+        grad_bias = weight_gradient(share, slopes).squeeze(0).mul_(largest)
+        weight_type, bias_type = ctx.types
+        return grad_hidden, grad_weight.to(weight_type), grad_bias.to(bias_type), None
 
 
 def _is_first_largest(values: Tensor, index: Tensor) -> Tensor:

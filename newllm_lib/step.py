@@ -15,6 +15,7 @@ from newllm_lib.hardware import Machine, Precision, is_out_of_memory, peak_memor
 from newllm_lib.metrics import fewer_rows, token_losses
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import Dropout
+from newllm_lib.skips import listed
 
 
 class TrainingError(RuntimeError):
@@ -37,6 +38,8 @@ class StepResult:
     """Global norm of the gradient before clipping."""
     skipped: bool
     """Whether the update was left out because a gradient was not finite (FP16 only)."""
+    not_finite: tuple[str, ...]
+    """The parameters whose gradient was not finite; empty unless skipped."""
     context: Tensor
     """(B, C) after the batch, detached."""
     ids: Tensor
@@ -90,29 +93,44 @@ def optimizer_step(
             f"the loss is {total}: the weights have left the range in which they can learn; a lower lr may help"
         )
     try:
-        norm, skipped = _update(model, optimizers, scaler, clip)
+        norm, not_finite = _update(model, optimizers, scaler, clip)
     except Exception as error:
         if is_out_of_memory(error):
             raise TornUpdate(str(error)) from error
         raise
-    return StepResult(total, num_targets, norm, skipped, context, ids)  # from here on nothing may need memory
+    # from here on nothing may need memory
+    return StepResult(total, num_targets, norm, bool(not_finite), not_finite, context, ids)
 
 
 def _update(
     model: NewLLM, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, clip: float
-) -> tuple[float, bool]:
-    """Unscale, clip and step; returns the norm before clipping, and whether the step was left out for it."""
+) -> tuple[float, tuple[str, ...]]:
+    """Unscale, clip and step; returns the norm before clipping, and the parameters for which the step was left out."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-    skipped = not math.isfinite(norm)
-    if skipped and not scaler.is_enabled():
-        raise TrainingError(f"the gradient norm is {norm} though the loss is finite; a lower lr may help")
-    if not skipped:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm, not_finite = float(total), ()
+    if math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
         for optimizer in optimizers:
             scaler.step(optimizer)
+    else:
+        not_finite = _not_finite(model)
+        if not scaler.is_enabled():
+            raise TrainingError(
+                f"the gradient norm is {norm} though the loss is finite. Not finite is the gradient of "
+                f"{listed(not_finite)}; a lower lr may help"
+            )
     scaler.update()
-    return norm, skipped
+    return norm, not_finite
+
+
+def _not_finite(model: NewLLM) -> tuple[str, ...]:
+    """The parameters whose gradient is not finite, by name; the one with the largest where only their norm is not."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    names = tuple(name for name, gradient in gradients.items() if not gradient.isfinite().all())
+    return names or (max(gradients, key=lambda name: float(gradients[name].abs().max())),)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newllm_lib import schedule
+from newllm_lib import schedule, skips
 from newllm_lib.buffers import BUFFERS
 from newllm_lib.checkpoint import (
     CheckpointError,
@@ -64,6 +64,8 @@ class TrainState:
     train_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    recent_skips: list[int] = field(default_factory=list)
+    """Of the last attempts, 1 for each that was skipped: what `skips.diagnosis` looks at."""
     best_loss: float = math.inf
     best_step: int = 0
     patience_loss: float = math.inf
@@ -243,21 +245,22 @@ class Trainer:
         return self._ids[order[start : start + train.batch_size].to(self._ids.device)].long()
 
     def _count(self, result: StepResult, seconds: float) -> bool:
-        """Add a step to the state; True when it ended an epoch. TrainingError after too many skips in a row."""
+        """Add a step to the state; True when it ended an epoch. TrainingError where skips leave no hope."""
         state, train = self.state, self.setup.config.train
         state.train_seconds += seconds
         state.seconds_since_row += seconds
         state.nll_since_row += result.nll
         state.tokens_since_row += result.tokens
         state.batch += 1
+        state.recent_skips = skips.remembered(state.recent_skips, result.skipped, train.max_skipped_steps)
         if result.skipped:
             state.skipped_steps += 1
             state.skipped_in_a_row += 1
-            if state.skipped_in_a_row >= train.max_skipped_steps:
-                raise TrainingError(
-                    f"{state.skipped_in_a_row} steps in a row had gradients that are not finite "
-                    f"(loss scale {self.scaler.get_scale():g}); a lower lr may help"
-                )
+            loss_scale = (
+                self.scaler.get_scale() / self.scaler.get_backoff_factor()
+            )  # of this step: it was lowered since
+            if why := skips.diagnosis(state.recent_skips, train.max_skipped_steps, loss_scale, result.not_finite):
+                raise TrainingError(why)
         else:
             state.step += 1
             state.skipped_in_a_row = 0

@@ -40,6 +40,7 @@ ROOMS = [
     "report",
     "card",
     "comparison",
+    "skips",
     "step",
     "progress",
     "trainer",

@@ -55,6 +55,36 @@ def test_token_losses_under_autocast_stay_near_float64(dtype):
         assert (got.double() - wanted).norm() < 0.03 * wanted.norm()
 
 
+@pytest.mark.parametrize("scale", [65536.0, 1.0, 1e-3])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_the_heads_gradients_of_70000_targets_of_one_class_stay_in_range(dtype, bound, scale):
+    """Their sums over the targets pass 65,504, where FP16 ends; float64 is the measure."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = (torch.rand(700, 100, 16, generator=generator) * 4).requires_grad_()
+    weight = (torch.randn(20, 16, generator=generator) * 0.02).requires_grad_()
+    bias = torch.zeros(20).requires_grad_()
+    targets = torch.ones(700, 100, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=dtype):
+        nll, _ = token_losses(hidden, (weight, bias), targets)
+    found = torch.autograd.grad(scale * nll.mean(), (weight, bias))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias)]
+    logits = linear(*exact).flatten(0, 1)
+    expected = torch.autograd.grad(scale * cross_entropy(logits, targets.flatten()), exact[1:])
+    assert expected[0].abs().max() * 70_000 / scale > 65_504  # the control: the sum itself is beyond FP16
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.isfinite().all()
+        assert got.dtype == torch.float32
+        assert (got.double() - wanted).norm() < bound * wanted.norm()
+
+
+def test_the_heads_gradients_can_be_asked_for_twice():
+    hidden, weight, bias, targets = case(torch.float64)
+    scale = torch.rand(int((targets != 0).sum()), dtype=torch.float64)
+    loss = (token_losses(hidden, (weight, bias), targets)[0] * scale).sum()
+    first = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, (hidden, weight, bias))))
+
+
 def test_perplexity_is_weighted_by_tokens_with_literal_values():
     sums = MetricSums()
     sums.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, False]), torch.tensor([1, 5, 6]))

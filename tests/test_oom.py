@@ -164,7 +164,8 @@ def fail_in(place, trainer, patch, step):
     if place == "batch":
         trainer._batch = fail_once(trainer._batch, step)
     elif place == "clip":
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", fail_once(torch.nn.utils.clip_grad_norm_, step, after=True))
+        clip = torch.nn.utils.clip_grads_with_norm_
+        patch.setattr(torch.nn.utils, "clip_grads_with_norm_", fail_once(clip, step, after=True))
     elif place == "first optimizer":
         trainer.optimizers[0].step = half_done(trainer.optimizers[0], step)
     elif place == "last optimizer":

@@ -12,8 +12,9 @@ from newllm_lib.hardware import Precision
 from newllm_lib.metrics import token_losses
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import ENGINES, Dropout
-from newllm_lib.step import TornUpdate, optimizer_step
+from newllm_lib.step import TornUpdate, TrainingError, optimizer_step
 
+FP16 = Precision("fp16", "")
 engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 
 
@@ -93,6 +94,49 @@ def test_a_part_is_let_go_before_the_next_one_begins():
 # --- memory that runs out ---------------------------------------------------------------------------------------
 
 
+def initialised_model():
+    model = NewLLM(ModelConfig(**SHAPE, dropout=0.0, init_std=None, embedding_std=1.0))
+    model.initialise(torch.Generator().manual_seed(1))
+    return model
+
+
+def replace_gradient(model, name, value):
+    """Every number of the gradient of a parameter ends as `value`."""
+    model.get_parameter(name).register_hook(lambda gradient: torch.full_like(gradient, value))
+
+
+@pytest.mark.parametrize("names", [("output.bias",), ("from_token.weight", "layers.0.bias")])
+def one_step(model, precision):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=precision.name == "fp16")
+    optimizers = [torch.optim.Adam(model.parameters())]
+    return optimizer_step(model, optimizers, scaler, batch(), engine=ENGINES["fused"], precision=precision, clip=1.0)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("names", [("output.bias",), ("from_token.weight", "layers.0.bias")])
+def test_a_skipped_step_names_the_parameters_whose_gradient_was_not_finite(names, value):
+    model = initialised_model()
+    for name in names:
+        replace_gradient(model, name, value)
+    result = one_step(model, FP16)
+    assert (result.skipped, result.not_finite) == (True, names)
+    with pytest.raises(TrainingError, match=f"Not finite is the gradient of {', '.join(names)};"):
+        one_step(model, Precision("fp32", ""))
+
+
+def test_a_step_that_is_not_skipped_names_none():
+    result = one_step(initialised_model(), FP16)
+    assert (result.skipped, result.not_finite) == (False, ())
+
+
+def test_a_norm_that_overflows_alone_names_the_parameter_with_the_largest_gradient():
+    model = initialised_model()
+    replace_gradient(model, "embedding.weight", 1e30)
+    replace_gradient(model, "output.bias", 1e36)
+    result = one_step(model, FP16)
+    assert (result.grad_norm, result.skipped, result.not_finite) == (float("inf"), True, ("output.bias",))
+
+
 def failing(call, error):
     """A callable that does what `call` does, then raises."""
 
@@ -115,7 +159,7 @@ def test_memory_that_runs_out_in_the_update_is_told_from_what_came_before_it(mon
     optimizers = [torch.optim.Adam(parameters[:4]), torch.optim.Adam(parameters[4:])]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=precision == "fp16")
     owner, name = {
-        "clipping": (torch.nn.utils, "clip_grad_norm_"),
+        "clipping": (torch.nn.utils, "clip_grads_with_norm_"),
         "first optimizer": (optimizers[0], "step"),
         "second optimizer": (optimizers[1], "step"),
         "scaler": (scaler, "update"),

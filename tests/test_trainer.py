@@ -266,8 +266,56 @@ def test_a_checkpoint_without_a_loss_scale_goes_on_in_fp16(text, tmp_path):
 def test_many_skipped_steps_in_a_row_stop_with_a_diagnosis(text, tmp_path):
     setup = tiny_setup(text, precision="fp16", max_skipped_steps=4)
     trainer = tiny_trainer(dataclasses.replace(setup, engine=spoiled(setup.engine, set(range(99)))), tmp_path)
-    with pytest.raises(TrainingError, match="4 steps in a row had gradients that are not finite"):
+    with pytest.raises(
+        TrainingError, match=r"4 steps in a row were skipped.*The gradient of embedding\.weight, .* more"
+    ):
         trainer.fit()
+
+
+def test_a_good_step_now_and_then_does_not_hide_that_most_are_skipped(text, tmp_path):
+    """As the short last batch of an epoch did: of every three steps, two are skipped."""
+    setup = tiny_setup(text, precision="fp16", max_skipped_steps=4)
+    calls = {number for number in range(99) if number % 3}
+    trainer = tiny_trainer(dataclasses.replace(setup, engine=spoiled(setup.engine, calls)), tmp_path)
+    with pytest.raises(TrainingError, match="5 of the last 8 steps were skipped"):
+        trainer.fit()
+    half = {number for number in range(99) if number % 2}  # half of the steps is not more than half
+    trainer = tiny_trainer(dataclasses.replace(setup, engine=spoiled(setup.engine, half)), tmp_path / "half")
+    assert trainer.fit() == "finished"
+    assert trainer.state.skipped_steps > 4
+
+
+def test_a_skip_below_a_loss_scale_of_1_stops_at_once(text, tmp_path):
+    setup = tiny_setup(text, precision="fp16")
+    trainer = tiny_trainer(dataclasses.replace(setup, engine=spoiled(setup.engine, {1, 2})), tmp_path)
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 1.0})
+    with pytest.raises(TrainingError, match=r"skipped at a loss scale of 0.5, below 1: no loss scale makes"):
+        trainer.fit()
+    assert trainer.state.skipped_steps == 2  # the first, at a scale of 1, did not stop it
+
+
+def test_the_skips_that_are_remembered_survive_a_stop(text, tmp_path):
+    setup = tiny_setup(text, precision="fp16", max_skipped_steps=3)
+    stopped_trainer(dataclasses.replace(setup, engine=spoiled(setup.engine, {0, 1, 3})), tmp_path, 2)
+    one_more = dataclasses.replace(setup, engine=spoiled(setup.engine, {0}))
+    continued = continued_trainer(one_more, tmp_path)
+    assert continued.state.recent_skips == [1, 1, 0, 1, 0]
+    with pytest.raises(TrainingError, match="4 of the last 6 steps were skipped"):
+        continued.fit()
+    forgetful = continued_trainer(one_more, tmp_path)
+    forgetful.state.recent_skips = []
+    assert forgetful.fit() == "finished"  # the control
+
+
+def test_a_checkpoint_from_before_skips_were_remembered_starts_with_none(text, tmp_path):
+    setup = tiny_setup(text, precision="fp16")
+    stopped = stopped_trainer(setup, tmp_path, 5)
+    payload = stopped.payload()
+    del payload["state"]["recent_skips"]
+    trainer = tiny_trainer(setup, tmp_path)
+    trainer.restore(payload, tmp_path)
+    assert trainer.state.recent_skips == []
+    assert trainer.fit() == "finished"
 
 
 def test_a_non_finite_gradient_without_a_scaler_stops_before_the_update(text, tmp_path):
