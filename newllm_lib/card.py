@@ -15,7 +15,12 @@ _HUB_DATASETS = {"wikitext-2": "Salesforce/wikitext", "wikitext-103": "Salesforc
 def model_card(record: dict[str, Any] | None, config: ModelConfig) -> str:
     """README.md of a model folder: the hub's metadata, then Markdown. record: run.json, None where it is not known."""
     record = record and portable(record)
-    parts = [_metadata(record), f"# {markdown_text(record['run']) if record else 'New-LLM'}", _introduction(config), _use()]
+    parts = [
+        _metadata(record),
+        f"# {markdown_text(record['run']) if record else 'New-LLM'}",
+        _introduction(config),
+        _use(),
+    ]
     if record:
         parts += [
             "## Result",

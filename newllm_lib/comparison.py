@@ -291,7 +291,10 @@ def table_text(comparison: Comparison) -> str:
     rows, parts = comparison.rows(), []
     for letter, scored in comparison.groups.items():
         group = [row for row in rows if row["group"] == letter]
-        parts += [f"## {letter}: {markdown_text(scored)}", _table(group, [name for name in COLUMNS if name not in _SET_UP])]
+        parts += [
+            f"## {letter}: {markdown_text(scored)}",
+            _table(group, [name for name in COLUMNS if name not in _SET_UP]),
+        ]
         if ranked := [row for row in group if row["rank"] and not row["published"]]:
             best, name = ranked[0], markdown_text(ranked[0]["run"])
             parts.append(f"Best of these runs: #{best['number']} {name}, PPL {best['val_ppl']:.2f}.")

@@ -13,7 +13,7 @@ from newllm_lib import published
 from newllm_lib.curves import no_curves
 from newllm_lib.diagnose import best_row, every_spell
 from newllm_lib.files import write_text_atomic
-from newllm_lib.formatting import csv_cell, markdown_block, markdown_code, markdown_text, one_line, read_csv
+from newllm_lib.formatting import csv_cell, markdown_block, markdown_code, markdown_text, read_csv
 from newllm_lib.portable import portable
 
 HISTORY_COLUMNS = (
@@ -222,7 +222,11 @@ def result_text(record: dict[str, Any]) -> str:
         ("accuracy", _cell(best, "val_accuracy", ".2%"), "likeliest token is the target"),
         *(_lossless_rows(best) if _is_lossless(best) else _known_rows(best, record["validation"]["unknown_share"])),
         ("tokens a second", _cell(best, "tokens_per_second", ",.0f"), "real targets, since the validation before"),
-        ("peak memory", "" if peak is None else f"{peak / 2**30:.2f} GiB", markdown_text(record["peak_memory_meaning"])),
+        (
+            "peak memory",
+            "" if peak is None else f"{peak / 2**30:.2f} GiB",
+            markdown_text(record["peak_memory_meaning"]),
+        ),
     ]
     rows = [row for row in rows if row[1]]
     known = published.RUNS.get(record["preset"])

@@ -289,8 +289,8 @@ def _again() -> str:
     """What the user does to make this call once more."""
     if in_kernel():
         return "run this cell again"
-    text = command()
-    return text.replace(" --fresh", "") if text.startswith("newllm ") else "the same call again"
+    text = command(without=("--fresh",))
+    return text if text.startswith("newllm ") else "the same call again"
 
 
 def load(folder: str | Path) -> Run:
