@@ -32,4 +32,5 @@ def echo_exact(text: str, *, nl: bool = True) -> None:
     """Print a text that a model wrote, or a file: escaped on a terminal, exact in a file and for another program."""
     shown = terminal_text(text) if sys.stdout.isatty() else text
     # half a surrogate pair, which no encoding has, is escaped everywhere
-    click.echo(re.sub("[\\ud800-\\udfff]", lambda half: terminal_text(half[0]), shown), nl=nl)
+    whole = re.sub("[\\ud800-\\udfff]", lambda half: terminal_text(half[0]), shown)
+    click.echo(whole, nl=nl, color=True)  # else click leaves out what looks like a colour

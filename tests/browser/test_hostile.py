@@ -1,5 +1,6 @@
 """A hostile bundle through every cell of 02 and 06, in a real browser: nothing in it runs, links or is fetched."""
 
+import json
 import shutil
 
 import pytest
@@ -10,12 +11,12 @@ from hostile import DATA_NAME, IMAGE, RUN_NAME, hostile_bundle
 FOREIGN = """() => {
     const found = [];
     for (const output of document.querySelectorAll(".jp-OutputArea-output")) {
-        // in what was printed JupyterLab itself makes links of addresses
-        const printed = (output.dataset.mimeType ?? "").endsWith("stdout");
+        // in plain text JupyterLab itself makes links of addresses
+        const plain = /stdout$|^text.plain$/.test(output.dataset.mimeType ?? "");
         for (const element of output.querySelectorAll("*")) {
             const wrong = [...element.attributes].filter(({name, value}) =>
                 name.startsWith("on") || name === "data-foreign" || /^\\s*javascript:/i.test(value)
-                || (["src", "href"].includes(name) && value.includes("foreign.example") && !printed));
+                || (["src", "href"].includes(name) && value.includes("foreign.example") && !plain));
             if (wrong.length || ["SCRIPT", "IFRAME", "MJX-CONTAINER"].includes(element.tagName))
                 found.push(element.outerHTML.slice(0, 120));
         }
@@ -38,7 +39,8 @@ class Watched:
             self.requests.append(url)
 
     def seen(self):
-        """In one value, so that a failure shows all of it."""
+        """In one value, so that a failure shows all of it; a second later, for a picture takes time to fail."""
+        self.page.wait_for_timeout(1000)
         return {
             "ran": self.page.evaluate("() => window.__pwned ?? null"),
             "elements": self.page.evaluate(FOREIGN),
@@ -66,6 +68,7 @@ class TestHostile:
         ui.start_all()
         ui.wait()
         seen = watched.seen()
+        ui.keep("hostile_control", json.dumps(seen, indent=1))
         assert seen["ran"] == "image"
         assert len(seen["elements"]) == 1
 
@@ -80,7 +83,9 @@ class TestHostile:
         ui.wait()
         ui.shot("hostile_table", ui.cell("nl.compare("))
         ui.shot("hostile_compared", ui.cell("texts.style"))
-        assert watched.seen() == NOTHING
+        seen = watched.seen()
+        ui.keep("hostile_06", json.dumps(seen, indent=1))
+        assert seen == NOTHING
         assert ui.complained() == []
         shown = ui.output("texts.style").text_content()
         assert "<script>window.__pwned='script'</script>".replace(" ", "/") in shown  # as text, whole
@@ -103,7 +108,9 @@ class TestHostile:
         ui.start_all()
         ui.wait()
         ui.shot(f"hostile_{length['EPOCHS = 2'][-1]}", ui.cell("run.report"))
-        assert watched.seen() == NOTHING
+        seen = watched.seen()
+        ui.keep(f"hostile_02_{length['EPOCHS = 2'][-1]}", json.dumps(seen, indent=1))
+        assert seen == NOTHING
         assert ui.complained() == []
         assert list(obeyed.iterdir()) == []  # where the sender wanted a copy
         assert "Every validation" in ui.output("run.report").last.text_content()
