@@ -21,6 +21,7 @@ from newllm_lib.config import RunConfig
 from newllm_lib.files import sha256_of
 from newllm_lib.hardware import detect, environment
 from newllm_lib.importing import read_old
+from newllm_lib.portable import last_part, received_config
 from newllm_lib.progress import warn_on_stderr
 from newllm_lib.runs import Run, load_model
 from newllm_lib.sharing import MANIFEST, BundleError, folder_name, open_bundle
@@ -56,10 +57,6 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
         folder = results / folder_name(name or opened.folder.name, path)
         if folder.exists():
             return _place(*found, folder, opened)
-        record = opened.record  # with the places of another machine
-        for part in ("config", "requested"):
-            record[part] = record.get(part, record["config"]) | {"mirror_dir": None}
-        report.write_record(opened.folder, record)
         opened.folder.rename(folder)
     return Run(folder)
 
@@ -146,8 +143,8 @@ def check_same_run(folder: Path, identity: str) -> None:
 
 def _record(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
     """run.json as far as a checkpoint tells; the rest is None until the run goes on."""
-    elsewhere = {"name": folder.name, "results_dir": str(folder.parent), "mirror_dir": None}
-    config = RunConfig.from_dict(payload["config"] | elsewhere)
+    here = {"name": folder.name, "results_dir": str(folder.parent)}
+    config = RunConfig.from_dict(received_config(payload["config"]) | here)
     decided = {"batch_size": config.train.batch_size} | ({"precision": "fp16"} if payload["scaler"] else {})
     state = payload["state"]
     return {
@@ -162,15 +159,21 @@ def _record(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
         "decided": decided,
         "plan": [],
         "decay_steps": state["decay_steps"],
-        "data": {"name": str(config.data.data), "fingerprint": payload["data_fingerprint"]},
+        "data": {"name": _name_of_data(config), "fingerprint": payload["data_fingerprint"]},
         "validation": {"tokens": None, "unknown_share": None, "digest": None},
         "peak_memory_meaning": "on the machine that it was trained on",
         "environment": environment(detect("cpu")) | dict.fromkeys(_OF_THE_OTHER_MACHINE),
         "config": config.to_dict(),
-        "requested": payload.get("requested", payload["config"]) | elsewhere,
+        "requested": received_config(payload.get("requested", payload["config"])) | here,
         "commands": [],
         "samples": [],
         "step": state["step"],
         "total_steps": None,
         "best": report.best_row(state["history"]),
     }
+
+
+def _name_of_data(config: RunConfig) -> str:
+    """What the text may be called, which the file of a state does not tell."""
+    sources = config.data.data if isinstance(config.data.data, tuple) else (config.data.data,)
+    return "+".join(map(last_part, sources))

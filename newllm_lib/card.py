@@ -6,13 +6,21 @@ from typing import Any
 
 from newllm_lib import report
 from newllm_lib.config import ModelConfig
+from newllm_lib.formatting import markdown_code, markdown_text
+from newllm_lib.portable import portable
 
 _HUB_DATASETS = {"wikitext-2": "Salesforce/wikitext", "wikitext-103": "Salesforce/wikitext"}
 
 
 def model_card(record: dict[str, Any] | None, config: ModelConfig) -> str:
     """README.md of a model folder: the hub's metadata, then Markdown. record: run.json, None where it is not known."""
-    parts = [_metadata(record), f"# {record['run'] if record else 'New-LLM'}", _introduction(config), _use()]
+    record = record and portable(record)
+    parts = [
+        _metadata(record),
+        f"# {markdown_text(record['run']) if record else 'New-LLM'}",
+        _introduction(config),
+        _use(),
+    ]
     if record:
         parts += [
             "## Result",
@@ -62,10 +70,11 @@ def _use() -> str:
 
 def _training(record: dict[str, Any]) -> str:
     data, environment = record["data"], record["environment"]
-    lines = [f"- {name}: {text}" for name, text in record["plan"] if name != "run"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    lines = [f"- {markdown_text(name)}: {markdown_text(text)}" for name, text in record["plan"] if name != "run"]
     lines += [
-        f"- data sha256: {data['fingerprint']}",
-        f"- command: {', then '.join(f'`{text}`' for text in record['commands'])}",
-        f"- versions: {', '.join(f'{name} {version}' for name, version in environment['versions'].items())}",
+        f"- data sha256: {markdown_text(data['fingerprint'])}",
+        f"- command: {', then '.join(map(markdown_code, record['commands']))}",
+        f"- versions: {markdown_text(versions)}",
     ]
     return "\n".join(lines)

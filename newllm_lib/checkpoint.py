@@ -25,6 +25,7 @@ import torch
 
 from newllm_lib.config import ModelConfig
 from newllm_lib.files import copy_atomic, sha256_of, write_atomic, write_text_atomic
+from newllm_lib.formatting import terminal_text
 from newllm_lib.model import NewLLM
 from newllm_lib.settings import build
 from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
@@ -52,7 +53,7 @@ class NoModelError(CheckpointError):
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows: the message alone, in red."""
-        return [f"\x1b[31m{self}\x1b[0m"]
+        return [f"\x1b[31m{terminal_text(self)}\x1b[0m"]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from newllm_lib import published as series
 from newllm_lib import report
 from newllm_lib.config import ModelConfig, TrainConfig, flat_fields
 from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.formatting import csv_text, markdown_list, markdown_text, plot_text, text_table
 
 PUBLISHED_SEQUENCES, PUBLISHED_TOKENS = 51_026, 2_748_486
 """Training sequences, and real targets in them, of one epoch of the published protocol."""
@@ -117,9 +118,7 @@ class Comparison:
 
     def frame(self):
         """The rows as a pandas DataFrame, numbered from 1; `.attrs`: notes, groups, and all as Markdown text."""
-        import pandas
-
-        frame = pandas.DataFrame(self.rows()).set_index("number").astype({name: COLUMNS[name][0] for name in COLUMNS})
+        frame = text_table(self.rows()).set_index("number").astype({name: COLUMNS[name][0] for name in COLUMNS})
         groups = {name: str(scored) for name, scored in self.groups.items()}
         frame.attrs = {"notes": self.notes, "groups": groups, "text": table_text(self)}
         return frame
@@ -269,8 +268,8 @@ def _group_notes(entries: list[Entry], groups: dict[str, Scored]) -> list[str]:
             text = f"Bits per byte compare across {' and '.join(whole)}: the same text, of which nothing is lost"
             notes.append(f"{text}. But how windows overlap and which short texts are skipped may differ.")
         if len(same) > 1:
-            text = f"{' and '.join(same)} hold the same text: `newllm compare RUN RUN --shared-words`"
-            notes.append(f"{text} scores two models on the words that both know.")
+            text = f"{' and '.join(same)} hold the same text. To score two models on the words that both know:"
+            notes.append(f"{text} newllm compare RUN RUN --shared-words")
     if older := [entry.values["run"] for entry in entries if not entry.scored.digest]:
         notes.append(f"No hash of the validation ids is recorded, what else is stands for it: {', '.join(older)}.")
     return notes
@@ -282,7 +281,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     image, options = picture(comparison), {"format": "png", "dpi": 110, "metadata": {"Software": None}}
     write_atomic(folder / "comparison.png", lambda file: image.savefig(file, **options))
     write_text_atomic(folder / "comparison.json", comparison.to_json())
-    write_text_atomic(folder / "comparison.csv", comparison.frame().to_csv(lineterminator="\n"))
+    write_text_atomic(folder / "comparison.csv", csv_text(comparison.frame()))
     title = f"# Comparison of {len(comparison.entries)} runs\n\n![validation perplexity](comparison.png)\n\n"
     write_text_atomic(folder / "comparison.md", title + table_text(comparison))
 
@@ -292,40 +291,46 @@ def table_text(comparison: Comparison) -> str:
     rows, parts = comparison.rows(), []
     for letter, scored in comparison.groups.items():
         group = [row for row in rows if row["group"] == letter]
-        parts += [f"## {letter}: {scored}", _table(group, [name for name in COLUMNS if name not in _SET_UP])]
+        parts += [
+            f"## {letter}: {markdown_text(scored)}",
+            _table(group, [name for name in COLUMNS if name not in _SET_UP]),
+        ]
         if ranked := [row for row in group if row["rank"] and not row["published"]]:
-            parts.append(
-                f"Best of these runs: #{ranked[0]['number']} {ranked[0]['run']}, PPL {ranked[0]['val_ppl']:.2f}."
-            )
+            best, name = ranked[0], markdown_text(ranked[0]["run"])
+            parts.append(f"Best of these runs: #{best['number']} {name}, PPL {best['val_ppl']:.2f}.")
     parts += ["## Set-up", _table(rows, _SET_UP)]
     differing = []
     for name in (name for name in rows[0] if name.startswith("setting.") and name[8:] not in _PROTOCOL):
         values: dict[str, list[str]] = {}
         for row in (row for row in rows if comparison.entries[row["number"] - 1].settings):
             values.setdefault(json.dumps(row[name]), []).append(f"#{row['number']}")
-        differing.append(f"- {name[8:]}: " + "; ".join(f"{value} ({', '.join(by)})" for value, by in values.items()))
-    parts += ["Other settings that differ:", "\n".join(differing)] if differing else []
+        differing.append(f"{name[8:]}: " + "; ".join(f"{value} ({', '.join(by)})" for value, by in values.items()))
+    parts += ["Other settings that differ:", markdown_list(differing)] if differing else []
     notes = [*comparison.notes, *(f"{row['run']}: {row['note']}" for row in rows if row["note"])]
-    parts += ["## Notes", "\n".join(f"- {note}" for note in notes)] if notes else []
+    parts += ["## Notes", markdown_list(notes)] if notes else []
     return "\n\n".join(parts) + "\n"
 
 
 def _table(rows: list[dict[str, Any]], names: list[str]) -> str:
     """The columns in which rows differ, padded so that they line up in a terminal too, and in words what all share."""
     names = [name for name in names if COLUMNS[name][2]]
-    cells = {name: ["" if row[name] is None else COLUMNS[name][1](row[name]) for row in rows] for name in names}
+    cells = {name: [_cell(name, row[name]) for row in rows] for name in names}
     found = {name: set(cells[name]) - {""} for name in names}
     shared = [name for name in names if len(found[name]) == 1 < len(rows) and name != "val_ppl"]
-    columns = [["#", *(str(row["number"]) for row in rows)], ["run", *(row["run"] for row in rows)]]
+    columns = [["#", *(str(row["number"]) for row in rows)], ["run", *(_cell("run", row["run"]) for row in rows)]]
     for name in (name for name in names if found[name] and name not in shared):
         best = [name == "val_ppl" and row["rank"] == 1 for row in rows]
         columns.append([COLUMNS[name][2], *(f"**{c}**" if b else c for c, b in zip(cells[name], best, strict=True))])
-    columns = [[cell.replace("|", "\\|") for cell in column] for column in columns]
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     lines = ["| " + " | ".join(row) + " |" for row in zip(*padded, strict=True)]
     lines.insert(1, "|" + "|".join("-" * (len(column[0]) + 2) for column in padded) + "|")
     told = ", ".join(f"{COLUMNS[name][2]} {min(found[name])}" for name in shared)
     return "\n".join(lines) + (f"\n\nThe same for all, where known: {told}." if told else "")
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value in a table of Markdown, empty where it is missing."""
+    return "" if value is None else markdown_text(COLUMNS[name][1](value))
 
 
 def picture(comparison: Comparison):
@@ -344,7 +349,7 @@ def picture(comparison: Comparison):
         line = _LINES[list(comparison.groups).index(entry.values["group"]) % 4]
         style, name = _style(entry, next(counts[entry.values["published"]]), line), entry.values["run"]
         shown = name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}"
-        handles.append(Line2D([], [], label=f"{number}  {shown}", **style))
+        handles.append(Line2D([], [], label=plot_text(f"{number}  {shown}"), **style))
         for axes, what in zip(panels, _PANELS, strict=True):
             axes.plot([row[what] for row in entry.curve], [row["val_ppl"] for row in entry.curve], **style)
     for axes, (what, title) in zip(panels, _PANELS.items(), strict=True):

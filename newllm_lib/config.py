@@ -21,6 +21,9 @@ from newllm_lib.settings import Checked, build, field_docs, field_types, setting
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
 PAD, UNK, BOS, EOS = range(4)
 
+NAMED_TEXTS = ("builtin", "wikitext-2", "wikitext-103")
+"""Data that have the same name on every machine."""
+
 IDENTITY_VERSION = 1
 """Raise it when a default or the meaning of a field changes, so that old and new runs get different names."""
 
@@ -69,7 +72,7 @@ class ModelConfig(Checked):
 class DataConfig(Checked):
     """Which text, and how it becomes sequences."""
 
-    data: str | tuple[str, ...] = setting("wikitext-2")
+    data: str | tuple[str, ...] = setting("wikitext-2", path=True)
     """wikitext-2, wikitext-103, builtin, a folder with train and valid files, a text file, or a file pattern."""
     text_unit: str = setting("line", choices=("line", "paragraph", "file"))
     """One text is: a line, a paragraph (lines up to a blank one, joined), or a whole file as it is (for code)."""
@@ -206,9 +209,9 @@ class RunConfig(Checked):
     """Name of the preset that this run started from."""
     name: str | None = setting(None, identity=False)
     """Folder of the run under results_dir; none = <preset>-<6 hex digits of the run's identity>."""
-    results_dir: str = setting("results", identity=False)
+    results_dir: str = setting("results", identity=False, path=True)
     """Folder that holds the runs."""
-    mirror_dir: str | None = setting(None, identity=False)
+    mirror_dir: str | None = setting(None, identity=False, path=True)
     """Folder that keeps a second, verified copy of each run, for example on a mounted drive; none = nowhere."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape and initial values of the model."""

@@ -9,6 +9,7 @@ from newllm_lib import report
 from newllm_lib.adopting import adopt, check_same_run
 from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.fetching import fetch
+from newllm_lib.formatting import say
 from newllm_lib.mirror import Mirror
 from newllm_lib.planning import make_setup
 from newllm_lib.runs import Run
@@ -20,7 +21,7 @@ def find_run(
     results_dir: str | Path = "results",
     mirror_dir: str | Path | None = None,
     sha256: str | None = None,
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None] = say,
 ) -> Run | None:
     """A run to continue, brought to `results_dir` if it lies elsewhere.
 

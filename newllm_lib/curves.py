@@ -10,6 +10,7 @@ from typing import Any
 from newllm_lib import published
 from newllm_lib.diagnose import Row, best_row, number
 from newllm_lib.files import write_atomic
+from newllm_lib.formatting import plot_text
 
 _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9701e", "#777777"
 
@@ -22,7 +23,8 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[Row]) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
-    figure.suptitle(f"{record['run']}  ({record['data']['name']}, {record['parameters']:,} parameters)", fontsize=12)
+    title = f"{record['run']}  ({record['data']['name']}, {record['parameters']:,} parameters)"
+    figure.suptitle(plot_text(title), fontsize=12)
     panels = figure.subplots(1, 3)
     if best_row(history):
         _draw(panels, record, history)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from newllm_lib.trainer import Setup
 def run_folder(setup: Setup) -> Path:
     """Where a run lives: its own name, or its preset's and six digits of its identity."""
     config = setup.config
-    return Path(config.results_dir) / (config.name or f"{config.preset}-{setup.identity[:6]}")
+    preset = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]|^\.', "-", config.preset)  # any text may be one
+    return Path(config.results_dir) / (config.name or f"{preset}-{setup.identity[:6]}")
 
 
 def earlier_record(folder: Path, identity: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from newllm_lib.files import sha256_of
+from newllm_lib.formatting import say
 
 STALL_SECONDS = 60.0
 """Without a byte received, after which a download is given up: gdown itself waits for ever."""
@@ -26,7 +27,7 @@ def fetch(
     sha256: str | None = None,
     *,
     stall: float = STALL_SECONDS,
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None] = say,
 ) -> Path:
     """The file that `source` names, downloaded to `folder/<id>/` where it is on Google Drive, its hash checked.
 

@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from newllm_lib.formatting import say, text_table
 from newllm_lib.runs import Run
-from newllm_lib.sharing import BundleError, bundle_record, open_bundle
+from newllm_lib.sharing import BundleError, bundle_record, folder_name, open_bundle
 from newllm_lib.writing import generate_texts
 
 
@@ -17,7 +18,7 @@ def gather(
     places: str | Path | Iterable[str | Path],
     *,
     results_dir: str | Path = "results",
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
 ) -> list[Run]:
     """The trained runs in folders and bundles, each once, in the order of `places`; bundles go to `results_dir`.
 
@@ -71,7 +72,7 @@ def _opened(path: Path, results_dir: str | Path, report: Callable[[str], None]) 
         reason = str(taken).partition(";")[0]
     sent = bundle_record(path)
     with contextlib.suppress(OSError, ValueError):  # no run, or one that cannot be read: it stays as it is
-        here = Run(Path(results_dir) / sent["run"])
+        here = Run(Path(results_dir) / folder_name(sent["run"], path))
         sent_step, step = (record.get("step") or 0 for record in (sent, here.record))
         if here.record.get("identity") == sent.get("identity") and step >= sent_step:
             report(f"{path}: holds step {sent_step:,} of {here.folder}, which is at {step:,}: left out")
@@ -86,6 +87,7 @@ def _opened(path: Path, results_dir: str | Path, report: Callable[[str], None]) 
 def side_by_side(runs: Sequence[Run], prompts: Sequence[str], *, seed: int = 0, **options):
     """How each run's best model continues the same prompts: a pandas DataFrame, a row a prompt, a column a run.
 
+    A notebook shows it as text, through its `.style` too: the words of a model from elsewhere may be anything.
     Options as for `generate_texts`; every model draws from the same seed. ValueError where there is no run or prompt.
     """
     import pandas
@@ -99,4 +101,4 @@ def side_by_side(runs: Sequence[Run], prompts: Sequence[str], *, seed: int = 0, 
         ]
         for name, run in zip(names, runs, strict=True)
     }
-    return pandas.DataFrame(columns, index=pandas.Index(prompts, name="prompt"))
+    return text_table(columns, index=pandas.Index(prompts, name="prompt"))

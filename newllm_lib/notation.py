@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from newllm_lib.config import FlatField, flat_fields
+from newllm_lib.formatting import shell_command
 from newllm_lib.settings import allowed_types, describe_allowed
 
 
@@ -66,4 +66,4 @@ def command(preset: str, overrides: dict[str, Any]) -> str:
             words += [word for source in value for word in (f"--{flag}", source)]
         else:
             words += [f"--{flag}", shown(item, value)]
-    return shlex.join(words)
+    return shell_command(words)

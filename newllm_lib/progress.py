@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from newllm_lib.diagnose import Row, Spell, follow
+from newllm_lib.formatting import say
 from newllm_lib.mirror import Safety
 from newllm_lib.report import duration
 
@@ -28,7 +29,7 @@ def in_kernel() -> bool:
 
 def warn_on_stderr(text: str) -> None:
     """A warning where no run is shown that could tell it."""
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}", sys.stderr)
 
 
 class Progress:
@@ -107,7 +108,7 @@ class TerminalProgress(Progress):
         """Print above the bar."""
         if self._bar is not None:
             self._bar.clear()
-        print(text, file=self._stream, flush=True)
+        say(text, self._stream)
 
     def step(self, step: int, total_steps: int, epoch: float, loss: float, tokens_per_second: float) -> None:
         """Move the bar, or print a line when the last one is old enough."""

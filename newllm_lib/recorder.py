@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from newllm_lib import curves, presets, report
 from newllm_lib.checkpoint import CheckpointError, export_model, load_checkpoint, load_exported
 from newllm_lib.config import BOS
+from newllm_lib.formatting import shell_command
 from newllm_lib.generate import generate
 from newllm_lib.hardware import environment
 from newllm_lib.model import NewLLM
@@ -148,9 +148,9 @@ class Recorder:
         return samples
 
 
-def command() -> str:
-    """How this process was called, for the record; Python and notebooks say so."""
+def command(without: tuple[str, ...] = ()) -> str:
+    """How this process was called, for the record; Python and notebooks say so. `without`: words to leave out."""
     program = Path(sys.argv[0]).name
     if program in ("newllm", "__main__.py"):
-        return shlex.join(["newllm", *sys.argv[1:]])
+        return shell_command(["newllm", *(word for word in sys.argv[1:] if word not in without)])
     return "newllm_lib.train(...) from Python"

@@ -13,6 +13,8 @@ from newllm_lib import published
 from newllm_lib.curves import no_curves
 from newllm_lib.diagnose import best_row, every_spell
 from newllm_lib.files import write_text_atomic
+from newllm_lib.formatting import csv_cell, markdown_block, markdown_code, markdown_text, read_csv
+from newllm_lib.portable import portable
 
 HISTORY_COLUMNS = (
     "step",
@@ -35,7 +37,12 @@ HISTORY_COLUMNS = (
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """run.json: everything about a run but its curve. Infinite and missing numbers become null."""
-    write_text_atomic(folder / "run.json", json.dumps(finite(record), indent=2) + "\n")
+    write_text_atomic(folder / "run.json", record_text(record))
+
+
+def record_text(record: dict[str, Any]) -> str:
+    """What run.json holds."""
+    return json.dumps(finite(record), indent=2) + "\n"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -68,15 +75,35 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in history)
     write_text_atomic(folder / "history.csv", text.getvalue())
 
 
 def read_history(folder: Path):
     """history.csv as a DataFrame."""
-    import pandas
+    return read_csv(folder / "history.csv")
 
-    return pandas.read_csv(folder / "history.csv")
+
+def history_rows(folder: Path) -> list[dict[str, Any]]:
+    """history.csv as the rows that `write_history` was given; none without the file, ValueError for what is no number.
+
+    A column that an older version did not write is None.
+    """
+    path = folder / "history.csv"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    rows = []
+    for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=2):
+        try:
+            rows.append({name: _number(row.get(name)) for name in HISTORY_COLUMNS})
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: {error}; the file is damaged") from error
+    return rows
+
+
+def _number(text: str | None) -> float | None:
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
 def duration(seconds: float) -> str:
@@ -95,13 +122,22 @@ def _cell(row: dict[str, Any], name: str, form: str) -> str:
 
 
 def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """report.md: what was run, what came out, against what was published, every validation, samples."""
+    """report.md: `report_text` in a run's folder."""
+    write_text_atomic(folder / "report.md", report_text(record, history))
+
+
+def report_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    """What was run, what came out, against what was published, every validation, samples: Markdown.
+
+    Every text of the record is escaped, and no path of this machine is in it.
+    """
+    record = portable(record)
     parts = [
-        f"# {record['run']}",
+        f"# {markdown_text(record['run'])}",
         summary_text(record),
         "![curves](curves.png)" if best_row(history) else f"No curves: {no_curves(history)}.",
         "## Set-up",
-        _table(("", ""), [(name, text) for name, text in record["plan"] if name != "run"]),
+        _table(("", ""), [tuple(map(markdown_text, line)) for line in record["plan"] if line[0] != "run"]),
         _provenance(record),
         "## Result",
         result_text(record),
@@ -115,58 +151,58 @@ def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, A
         "\n\n".join(quoted(sample) for sample in record["samples"]) or "None: the run has no trained weights yet.",
         "",
     ]
-    write_text_atomic(folder / "report.md", "\n\n".join(parts))
+    return "\n\n".join(parts)
 
 
 def quoted(sample: str) -> str:
     """A sample as a quotation; one of several lines as a block, in which a triangle stands for the end of the bold."""
-    if "\n" not in sample:
-        return "> " + sample.replace("<", "\\<")
-    _, start, rest = sample.split("**", 2)
-    return f"```text\n{start}\N{BLACK RIGHT-POINTING TRIANGLE}{rest}\n```"
+    start, bold, rest = sample.removeprefix("**").partition("**")
+    if "\n" in sample:
+        return markdown_block(f"{start}\N{BLACK RIGHT-POINTING TRIANGLE}{rest}")
+    start, rest = markdown_text(start), markdown_text(rest)
+    return f"> **{start}**{rest}" if bold else f"> {start}"
 
 
 def summary_text(record: dict[str, Any]) -> str:
     """The outcome in two sentences."""
     best = record["best"]
     if best is None:
-        return f"Status: {record['status']}. No validation yet."
+        return f"Status: {markdown_text(record['status'])}. No validation yet."
     place = (
-        f"after epoch {best['epoch']}"
+        f"after epoch {markdown_text(best['epoch'])}"
         if best["step"] is None
         else f"(accuracy {best['val_accuracy']:.1%}) at step {best['step']:,}, after {best['train_seconds']:,.0f} s of "
         "training (validation excluded)"
     )
     ppl = _cell(best, "val_ppl", ".2f") or "infinite"
-    text = f"Best validation perplexity **{ppl}** {place}. Status: {record['status']}."
+    text = f"Best validation perplexity **{ppl}** {place}. Status: {markdown_text(record['status'])}."
     if record.get("model_step") is not None:
         text += (
             f" **The model here is not that best one**, but the one of step {record['model_step']:,}: the file that "
             "this run was taken from had no other."
         )
     if record["faithful"] is not None:
-        word = (
-            "Faithful" if record["faithful"] else f"**Not faithful** to the published run ({record['faithful_reason']})"
-        )
-        text += f" {word}."
+        reason = markdown_text(record["faithful_reason"])
+        text += " Faithful." if record["faithful"] else f" **Not faithful** to the published run ({reason})."
     return text
 
 
 def _warnings(record: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:
     """What the history warns of, or has for a while; nothing where there was nothing."""
     spells = every_spell(history, record["validation"]["unknown_share"])
-    found = [f"- {spell}.".replace("<", "\\<") for spell in spells]
+    found = [f"- {markdown_text(spell)}." for spell in spells]
     return ["## Warnings", "\n".join(found)] if found else []
 
 
 def _provenance(record: dict[str, Any]) -> str:
     environment = record["environment"]
-    commands = "Command: " + ", then ".join(f"`{text}`" for text in record["commands"])
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    commit = environment["git_commit"] or "unknown (not run from a checkout)"
+    commands = "Command: " + ", then ".join(map(markdown_code, record["commands"]))
+    versions = markdown_text(", ".join(f"{name} {version}" for name, version in environment["versions"].items()))
+    commit = markdown_text(environment["git_commit"] or "unknown (not run from a checkout)")
     unknown = "seed" in record.get("imported", {}).get("unknown", ())
-    seed = "unknown" if unknown else record["config"]["train"]["seed"]
-    return f"{commands}\n\nCommit: {commit}. {versions}. Seed {seed}. Data sha256 {record['data']['fingerprint'][:16]}…"
+    seed = "unknown" if unknown else markdown_text(record["config"]["train"]["seed"])
+    sha256 = markdown_text(record["data"]["fingerprint"][:16])
+    return f"{commands}\n\nCommit: {commit}. {versions}. Seed {seed}. Data sha256 {sha256}…"
 
 
 def result_text(record: dict[str, Any]) -> str:
@@ -186,7 +222,11 @@ def result_text(record: dict[str, Any]) -> str:
         ("accuracy", _cell(best, "val_accuracy", ".2%"), "likeliest token is the target"),
         *(_lossless_rows(best) if _is_lossless(best) else _known_rows(best, record["validation"]["unknown_share"])),
         ("tokens a second", _cell(best, "tokens_per_second", ",.0f"), "real targets, since the validation before"),
-        ("peak memory", "" if peak is None else f"{peak / 2**30:.2f} GiB", record["peak_memory_meaning"]),
+        (
+            "peak memory",
+            "" if peak is None else f"{peak / 2**30:.2f} GiB",
+            markdown_text(record["peak_memory_meaning"]),
+        ),
     ]
     rows = [row for row in rows if row[1]]
     known = published.RUNS.get(record["preset"])
@@ -262,7 +302,7 @@ def milestones_text(record: dict[str, Any], history: list[dict[str, Any]]) -> st
 def _when(row: dict[str, Any]) -> tuple[str, str]:
     """Training time and step of a row; an imported run knows the epoch alone."""
     if row["step"] is None:
-        return "unknown", f"epoch {row['epoch']} (PPL {row['val_ppl']:.2f})"
+        return "unknown", f"epoch {markdown_text(row['epoch'])} (PPL {row['val_ppl']:.2f})"
     return f"{row['train_seconds']:,.1f} s", f"{row['step']:,} (PPL {row['val_ppl']:.2f})"
 
 

@@ -32,11 +32,13 @@ from newllm_lib.earlier import (
     run_folder,
     set_aside,
 )
+from newllm_lib.formatting import one_line, say
 from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import Metrics, evaluate_split
 from newllm_lib.mirror import Mirror
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup, plan_lines
+from newllm_lib.portable import received_config
 from newllm_lib.probe import estimate_speed, settle_batch
 from newllm_lib.progress import Progress, TerminalProgress, in_kernel, warn_on_stderr
 from newllm_lib.recorder import Recorder, command
@@ -56,7 +58,7 @@ class Run:
 
     def __repr__(self) -> str:
         best = f", PPL {self.best['val_ppl']:.2f}" if self.best and self.best["val_ppl"] else ""
-        return f"Run({str(self.folder)!r}, {self.record['status']}{best})"
+        return f"Run({str(self.folder)!r}, {one_line(self.record['status'])}{best})"
 
     @property
     def config(self) -> RunConfig:
@@ -71,8 +73,12 @@ class Run:
 
     @property
     def report(self) -> str:
-        """report.md without the curves, which are a file of their own (Markdown)."""
-        return (self.folder / "report.md").read_text(encoding="utf-8").replace("![curves](curves.png)\n\n", "")
+        """The report without the curves, which are a file of their own (Markdown).
+
+        It is written from the record and the history: the file of a run from elsewhere may hold anything.
+        """
+        text = report.report_text(self.record, report.history_rows(self.folder))
+        return text.replace("![curves](curves.png)\n\n", "")
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -127,7 +133,7 @@ def plan(
     folder = run_folder(setup)
     decided = decisions(earlier_record(folder, setup.identity), setup.identity)
     setup = make_setup(setup.requested, decided, setup.prepared) if decided else setup
-    setup = settle_batch(setup, decided, report or (lambda text: print(text, file=sys.stderr)))
+    setup = settle_batch(setup, decided, report or (lambda text: say(text, sys.stderr)))
     return setup, plan_lines(setup, str(folder), speed=estimate_speed(setup))
 
 
@@ -283,8 +289,8 @@ def _again() -> str:
     """What the user does to make this call once more."""
     if in_kernel():
         return "run this cell again"
-    text = command()
-    return text.replace(" --fresh", "") if text.startswith("newllm ") else "the same call again"
+    text = command(without=("--fresh",))
+    return text if text.startswith("newllm ") else "the same call again"
 
 
 def load(folder: str | Path) -> Run:
@@ -337,7 +343,9 @@ def check_validated(run: Run) -> None:
 
 def _from_checkpoint(path: Path) -> Loaded:
     payload = load_checkpoint(path, warn_on_stderr)
-    config, tokenizer = RunConfig.from_dict(payload["config"]), tokenizer_from_dict(payload["tokenizer"])
+    of_a_run = (path.resolve().parent.parent / "run.json").is_file()  # else who knows where the file comes from
+    config = RunConfig.from_dict(payload["config"] if of_a_run else received_config(payload["config"]))
+    tokenizer = tokenizer_from_dict(payload["tokenizer"])
     model = NewLLM(config.model)
     load_weights(model, payload, path)
     return Loaded(model.eval(), tokenizer, config, payload["data_fingerprint"])

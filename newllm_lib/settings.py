@@ -20,10 +20,13 @@ from functools import cache
 from typing import Any
 
 
-def setting(default, low=None, high=None, *, open_low=False, open_high=False, choices=None, identity=True):
-    """A dataclass field with its allowed range; `identity=False` where it does not define a run's result."""
-    allowed = dict(low=low, high=high, open_low=open_low, open_high=open_high, choices=choices, identity=identity)
-    return field(default=default, metadata=allowed)
+def setting(default, low=None, high=None, *, open_low=False, open_high=False, choices=None, identity=True, path=False):
+    """A dataclass field with its allowed range.
+
+    `identity=False` where it does not define a run's result, `path=True` where it names a place on one machine.
+    """
+    limits = dict(low=low, high=high, open_low=open_low, open_high=open_high, choices=choices)
+    return field(default=default, metadata=limits | dict(identity=identity, path=path))
 
 
 class Checked:

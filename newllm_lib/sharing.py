@@ -1,7 +1,8 @@
 """What leaves the machine: a model folder with its card, and a run as one file that can be verified.
 
 A bundle is a zip file: the run's record, history, curves and report, its model/ folder, and MANIFEST.json with the
-sha256 and the size of each. Opening one checks all of it before anything is put in its place.
+sha256 and the size of each. Opening one checks all of it before anything is put in its place. No path of the machine
+that it was made on is in it, and none that is in it is obeyed (see `portable`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ import torch
 
 from newllm_lib import report
 from newllm_lib.card import model_card
-from newllm_lib.checkpoint import Checkpoints, export_model, load_checkpoint, load_exported, sidecar
+from newllm_lib.checkpoint import (
+    Checkpoints,
+    export_model,
+    load_checkpoint,
+    load_exported,
+    save_checkpoint,
+    sidecar,
+    valid_step,
+)
 from newllm_lib.files import write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
+from newllm_lib.portable import portable, portable_config, received
 from newllm_lib.runs import Run, check_validated, load_model
 
 MANIFEST = "MANIFEST.json"
@@ -86,8 +96,9 @@ def _check_half(model: NewLLM) -> None:
 def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: bool = False) -> Path:
     """Write a run as one zip file (default: beside its folder) and return its path.
 
-    With `checkpoint` the newest training state goes along, so that the run can be continued elsewhere. The file is
-    replaced whole. FileNotFoundError or ValueError when the run has no trained weights yet.
+    With `checkpoint` the newest training state goes along, so that the run can be continued elsewhere. Record, report,
+    card and state are without this machine's paths. The file is replaced whole. FileNotFoundError or ValueError when
+    the run has no trained weights yet.
     """
     run = Run((run.folder if isinstance(run, Run) else Path(run)).resolve())
     out = Path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
@@ -97,18 +108,15 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
         raise ValueError(f"{run.folder}: has no {missing[0]} yet; a bundle needs a run with a validation behind it")
     load_exported(run.folder / "model")  # what cannot be read is not sent
     files = {name: run.folder / name for name in (*_REQUIRED, *_OPTIONAL) if (run.folder / name).is_file()}
+    contents = {name: path.read_bytes() for name, path in files.items()} | _written_for_others(run)
     if checkpoint:
-        files |= _newest_checkpoint(run)
-    card = model_card(run.record, run.config.model).encode()
-    contents = {name: path.stat().st_size for name, path in files.items()}
+        contents |= _newest_checkpoint(run)
     manifest: dict[str, Any] = {"format_version": BUNDLE_VERSION, "run": run.folder.name, "files": {}}
 
     def write(file) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in contents:
-                manifest["files"][name] = _add(archive, name, files[name].read_bytes())
-            if "model/README.md" not in contents:
-                manifest["files"]["model/README.md"] = _add(archive, "model/README.md", card)
+            for name, data in contents.items():
+                manifest["files"][name] = _add(archive, name, data)
             _add(archive, MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -116,13 +124,29 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     return out
 
 
-def _newest_checkpoint(run: Run) -> dict[str, Path]:
+def _written_for_others(run: Run) -> dict[str, bytes]:
+    """The files of a bundle that could tell of this machine: the record, and what is written from it."""
+    record = portable(run.record)
+    texts = {"run.json": report.record_text(record), "model/README.md": model_card(record, run.config.model)}
+    if (run.folder / "report.md").is_file():
+        texts["report.md"] = report.report_text(record, report.history_rows(run.folder))
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def _newest_checkpoint(run: Run) -> dict[str, bytes]:
     checkpoints = Checkpoints(run.folder / "checkpoints", run.record["run"])
     newest = next(iter(checkpoints.files()), None)
     if newest is None:
         raise ValueError(f"{run.folder}: has no checkpoint to take along")
-    load_checkpoint(newest, lambda text: None)  # verified, so that a damaged one is not sent
-    return {f"checkpoints/{path.name}": path for path in (newest, sidecar(newest)) if path.is_file()}
+    payload = load_checkpoint(newest, lambda text: None)  # verified, so that a damaged one is not sent
+    configs = {part: portable_config(payload[part]) for part in ("config", "requested") if part in payload}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = newest
+        if any(payload[part] != config for part, config in configs.items()):
+            path = Path(scratch) / newest.name
+            save_checkpoint(path, payload | configs, payload["state"]["step"])
+        found = (path, sidecar(path))
+        return {f"checkpoints/{file.name}": file.read_bytes() for file in found if file.is_file()}
 
 
 def archive(folder: str | Path) -> Path:
@@ -159,6 +183,7 @@ def open_bundle(
 ) -> Run:
     """Verify a bundle, unpack it to `results_dir/<its run>` (or `name`), and return the run.
 
+    The paths in its record are dropped: to continue it, name its text as `data`, unless that is a named one.
     BundleError names what is wrong with the file; then nothing is left behind. FileExistsError where the folder is
     there already with other content.
     """
@@ -168,13 +193,14 @@ def open_bundle(
             manifest = _manifest(archive, path, max_bytes)
             folder = results / folder_name(name or manifest["run"], path)
             if folder.exists():
-                return _already_there(folder, manifest)
+                return _already_there(folder, manifest, json.loads(archive.read("run.json")))
             results.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".opening-", dir=results) as scratch:
                 unpacked = Path(scratch) / "run"
                 for member, entry in manifest["files"].items():
                     _extract(archive, member, entry, unpacked / member, path)
                 _check_run(unpacked, path)
+                report.write_record(unpacked, received(report.read_record(unpacked)))
                 unpacked.rename(folder)
     except _ZIP_ERRORS as error:
         raise BundleError(f"{path}: not a readable zip file ({error}): download it again") from error
@@ -265,6 +291,8 @@ def _check_run(folder: Path, path: Path) -> None:
     """BundleError where the files cannot be used: their hashes match, so the fault is the sender's."""
     try:
         run = Run(folder)
+        folder_name(run.record["run"], path)  # the files of its checkpoints begin with it
+        received(run.record)
         repr(run)  # what the command prints of it
         if (folder / "history.csv").is_file():
             report.read_history(folder)
@@ -273,13 +301,21 @@ def _check_run(folder: Path, path: Path) -> None:
         raise BundleError(f"{path}: its files are whole, but are no run ({type(error).__name__}: {error})") from error
 
 
-def _already_there(folder: Path, manifest: dict[str, Any]) -> Run:
-    """The run in `folder` if it is the bundle's; FileExistsError where it is another."""
+def _already_there(folder: Path, manifest: dict[str, Any], sent: dict[str, Any]) -> Run:
+    """The run in `folder` if it is the bundle's, whose record was `sent`; FileExistsError where it is another.
+
+    Paths do not count: a run's own folder has those of this machine, a bundle of it has none.
+    """
     for name, entry in manifest["files"].items():
         found = folder / name
         if name == "model/README.md" and not found.is_file():
             continue  # made for the bundle
-        if not found.is_file() or hashlib.sha256(found.read_bytes()).hexdigest() != entry["sha256"]:
+        same = found.is_file() and hashlib.sha256(found.read_bytes()).hexdigest() == entry["sha256"]
+        if name == "run.json" and found.is_file() and not same:
+            same = portable(report.read_record(folder)) == portable(sent)
+        elif name.startswith("checkpoints/"):
+            same = found.is_file() and (not name.endswith(".pt") or valid_step(found) >= 0)
+        if not same:
             raise FileExistsError(
                 f"{folder}: is there already, with another {name}; give another name (in the shell --name)"
             )

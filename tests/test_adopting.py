@@ -57,7 +57,7 @@ def test_a_bare_checkpoint_goes_on_bit_for_bit(place, tmp_path, capsys):
     assert (run.record["status"], run.record["step"], run.best["step"]) == ("interrupted", 11, 9)
     assert "r_step_11" not in capsys.readouterr().out
     assert list(run.history["step"]) == [3, 6, 8, 9]
-    trainer = trained(run.requested, epochs=3)
+    trainer = trained(run.requested, epochs=3, data=str(place / "text"))
     assert trainer.state.step == 24
     assert same_as_whole(trainer, place)
     assert nl.load(run.folder).record["status"] == "finished"
@@ -69,7 +69,7 @@ def test_a_bundle_with_a_checkpoint_goes_on_bit_for_bit(place, tmp_path):
     assert run.folder == tmp_path / "results" / "r"
     assert list((tmp_path / "results").iterdir()) == [run.folder]
     assert run.best["step"] == 9
-    trainer = trained(run.requested, epochs=3)
+    trainer = trained(run.requested, epochs=3, data=str(place / "text"))
     assert same_as_whole(trainer, place)
     again = adopt(path, tmp_path / "results")  # the cell is run again: what is further stays
     assert (again.record["status"], again.record["step"]) == ("finished", 24)
@@ -89,7 +89,7 @@ def test_the_text_may_lie_elsewhere_but_must_be_the_same(place, tmp_path):
 def test_settings_that_define_a_run_are_another_run(place, tmp_path):
     run = adopt(place / STEP, tmp_path / "results")
     with pytest.raises(CheckpointError, match=r"of a run with other settings: lr 0\.003 there, 0\.01 here"):
-        trained(run.requested, lr=0.01)
+        trained(run.requested, lr=0.01, data=str(place / "text"))
 
 
 def test_the_best_checkpoint_is_kept_as_the_best(place, tmp_path):
@@ -109,7 +109,7 @@ def test_where_the_best_weights_are_not_in_the_file_it_says_so(place, tmp_path, 
     assert (run.record["model_step"], run.best["step"]) == (11, 9)
     own = nl.load_model(place / STEP).model.state_dict()
     assert same(dict(run.model.state_dict()), dict(own))
-    better = nl.train(run.requested, epochs=3, progress=Progress())
+    better = nl.train(run.requested, epochs=3, data=str(place / "text"), progress=Progress())
     assert better.best["step"] > 12
     assert better.record["model_step"] is None
     assert nl.evaluate(better, str(place / "text")).loss == pytest.approx(better.best["val_loss"], abs=1e-6)
@@ -120,7 +120,7 @@ def test_while_nothing_better_comes_the_weights_of_the_file_stay(place, tmp_path
     payload["state"]["history"][-1]["val_loss"] = payload["state"]["best_loss"] = 0.001  # nothing will be better
     save_checkpoint(tmp_path / "lucky.pt", payload, 11)
     run = adopt(tmp_path / "lucky.pt", tmp_path / "results")
-    longer = nl.train(run.requested, epochs=3, progress=Progress())
+    longer = nl.train(run.requested, epochs=3, data=str(place / "text"), progress=Progress())
     assert (longer.record["step"], longer.best["step"], longer.record["model_step"]) == (24, 9, 11)
     assert "**The model here is not that best one**, but the one of step 11" in longer.report
     assert "not that best one" in longer.model.card
@@ -170,7 +170,7 @@ def test_a_batch_that_was_left_to_the_hardware_comes_along(place, tmp_path):
     run = adopt(tmp_path / "here/auto/checkpoints/auto_final.pt", tmp_path / "there")
     assert run.requested.train.batch_size is None
     assert run.record["decided"]["batch_size"] == 62
-    assert trained(run.requested, max_steps=2).setup.config.train.batch_size == 62
+    assert trained(run.requested, max_steps=2, data=str(place / "text")).setup.config.train.batch_size == 62
 
 
 def test_places_of_another_machine_are_left_behind(place, tmp_path):
@@ -184,13 +184,13 @@ def test_places_of_another_machine_are_left_behind(place, tmp_path):
     for number, file in enumerate((path, tmp_path / "bare.pt")):
         run = adopt(file, tmp_path / f"there-{number}")
         assert (run.requested.mirror_dir, run.config.mirror_dir) == (None, None)
-        assert trained(run.requested, max_steps=4).state.step == 4
+        assert trained(run.requested, max_steps=4, data=str(place / "text")).state.step == 4
 
 
 def test_a_run_that_is_there_gets_what_is_newer_and_keeps_what_it_has(place, tmp_path):
     adopt(place / "results/r/checkpoints/best_r.pt", tmp_path)
     assert adopt(place / STEP, tmp_path).folder == tmp_path / "r"
-    assert trained(nl.load(tmp_path / "r").requested, max_steps=12).state.step == 12
+    assert trained(nl.load(tmp_path / "r").requested, max_steps=12, data=str(place / "text")).state.step == 12
     before = contents(tmp_path)
     adopt(place / STEP, tmp_path)
     assert contents(tmp_path) == before

@@ -20,6 +20,8 @@ PACKAGE = Path(newllm_lib.__file__).parent
 ROOMS = [
     "settings",
     "config",
+    "formatting",
+    "portable",
     "notation",
     "schedule",
     "published",

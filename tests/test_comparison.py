@@ -193,7 +193,7 @@ def test_what_else_compares_between_groups(make):
         "which short texts are skipped may differ."
     )
     shared = (
-        "hold the same text: `newllm compare RUN RUN --shared-words` scores two models on the words that both know."
+        "hold the same text. To score two models on the words that both know: newllm compare RUN RUN --shared-words"
     )
     assert notes(words, pieces, unigram, elsewhere) == [bits, f"A and B and C {shared}"]
     assert notes(words, pieces) == [f"A and B {shared}"]

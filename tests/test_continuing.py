@@ -78,7 +78,7 @@ def test_a_run_opened_from_a_bundle_goes_on(text, tmp_path):
     file = nl.bundle(run, tmp_path / "run.zip", checkpoint=True)
     expected = nl.train(nl.extended(run, epochs=4), progress=Progress())
     opened = nl.open_bundle(file, tmp_path / "elsewhere")
-    longer = nl.train(nl.extended(opened, epochs=4), progress=Progress())
+    longer = nl.train(nl.extended(opened, epochs=4, data=run.config.data.data), progress=Progress())
     assert longer.folder.parent == tmp_path / "elsewhere"
     assert longer.best["val_loss"] == expected.best["val_loss"]
 
@@ -115,7 +115,7 @@ def test_a_bundle_and_a_checkpoint_are_taken_in_and_their_hash_is_checked(text, 
     for number, file in enumerate((bundle, final)):
         found = nl.find_run(file, results_dir=tmp_path / f"elsewhere{number}")
         assert found.folder == tmp_path / f"elsewhere{number}" / run.folder.name
-        longer = nl.train(nl.extended(found, epochs=3), progress=Progress())
+        longer = nl.train(nl.extended(found, epochs=3, data=run.config.data.data), progress=Progress())
         assert longer.record["step"] == run.record["step"] * 3 // 2
     with pytest.raises(ValueError, match="another file than was asked for"):
         nl.find_run(bundle, results_dir=tmp_path / "nowhere", sha256="0" * 64)

@@ -205,7 +205,7 @@ def test_what_the_history_warned_of_stands_in_the_report(tmp_path):
     assert text[text.index("## Warnings") : text.index("## Time to")] == (
         "## Warnings\n\n"
         "- epochs 5.00 to 8.00: plateau: over 5 validations the perplexity moved by 0.0%, and the accuracy is the "
-        "share of \\<UNK> (25.0%): the model says \\<UNK> and nothing else.\n"
+        "share of &lt;UNK&gt; (25.0%): the model says &lt;UNK&gt; and nothing else.\n"
         "- epoch 10.00: skipped steps: 3 since the validation before, 3 in all, because gradients were not finite; a "
         "few are normal in FP16, while the loss scale settles.\n\n"
     )
@@ -215,7 +215,7 @@ def test_what_the_history_warned_of_stands_in_the_report(tmp_path):
 
 def test_special_tokens_of_a_sample_are_no_html(tmp_path):
     report.write_report(tmp_path, RECORD | {"best": None, "samples": ["**<BOS> a** <UNK> b"]}, [])
-    assert "> **\\<BOS> a** \\<UNK> b\n" in (tmp_path / "report.md").read_text()
+    assert "> **&lt;BOS&gt; a** &lt;UNK&gt; b\n" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from newllm_lib import runs, sharing
 from newllm_lib.checkpoint import export_model
 from newllm_lib.config import ModelConfig
 from newllm_lib.model import NewLLM
+from newllm_lib.portable import received
 from newllm_lib.sharing import MANIFEST, BundleError, bundle, export, open_bundle
 from newllm_lib.text.tokenizer import WordTokenizer
 
@@ -114,7 +115,7 @@ def test_a_bundle_brings_the_run_back(run, tmp_path):
     path = bundle(run, tmp_path / "b.zip")
     opened = open_bundle(path, tmp_path / "elsewhere")
     assert opened.folder == tmp_path / "elsewhere" / "small"
-    assert opened.record == run.record
+    assert opened.record == received(json.loads(json.dumps(run.record)))
     assert opened.history.equals(run.history)
     assert torch.equal(opened.model(TOKENS)[0], run.model(TOKENS)[0])
     for name in ("curves.png", "report.md"):

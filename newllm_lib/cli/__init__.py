@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from newllm_lib.cli import comparing, importing, sharing, studies, study, training, using
+from newllm_lib.formatting import terminal_text
 
 
 class Messages(click.Group):
@@ -23,10 +24,13 @@ class Messages(click.Group):
 
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = terminal_text(error.message)
+            raise
         except (ValueError, OSError, MemoryError, TrainingError) as error:
             if os.environ.get("NEWLLM_DEBUG"):
                 raise
-            raise click.ClickException(str(error) or "memory ran out") from error
+            raise click.ClickException(terminal_text(error) or "memory ran out") from error
 
 
 @click.group(cls=Messages, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118})

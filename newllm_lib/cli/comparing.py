@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from newllm_lib.cli.output import echo, echo_exact, echo_json
+from newllm_lib.formatting import csv_text
+
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
@@ -45,16 +48,21 @@ def compare(
     found = comparison.collect(runs, published=published)
     if out is not None:
         comparison.write(found, out)
-        click.echo(f"left in {out}/: comparison.md, comparison.csv, comparison.json, comparison.png", err=True)
+        echo(f"left in {out}/: comparison.md, comparison.csv, comparison.json, comparison.png", err=True)
     if as_csv:
-        click.echo(found.frame().to_csv(lineterminator="\n"), nl=False)
-        click.echo("\n".join(found.notes), err=True)
+        echo_exact(csv_text(found.frame()), nl=False)
+        echo("\n".join(found.notes), err=True)
+    elif as_json:
+        echo_json(json.loads(found.to_json()))
     else:
-        click.echo(found.to_json() if as_json else comparison.table_text(found), nl=False)
+        echo(comparison.table_text(found), nl=False)
 
 
 def _shared_words(runs: tuple[str, ...], data: str | tuple[str, ...] | None, split: str, as_json: bool) -> None:
     from newllm_lib.study import shared_words
 
     result = shared_words.compare_models(*runs, data, split=split)
-    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.text(runs))
+    if as_json:
+        echo_json(result.to_dict())
+    else:
+        echo(result.text(runs))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from newllm_lib.cli.output import echo, echo_json
 
 
 @click.command("import")
@@ -39,9 +39,7 @@ def import_(
     )
     record = report.read_record(folder)
     if as_json:
-        click.echo(json.dumps(record | {"folder": str(folder)}, indent=2))
+        echo_json(record | {"folder": str(folder)})
         return
-    click.echo("\n".join(f"{title:>14}  {text}" for title, text in record["plan"]))
-    click.echo(
-        f"left in {folder}/: report.md, history.csv, run.json, model/" + (", curves.png" if record["best"] else "")
-    )
+    echo("\n".join(f"{title:>14}  {text}" for title, text in record["plan"]))
+    echo(f"left in {folder}/: report.md, history.csv, run.json, model/" + (", curves.png" if record["best"] else ""))

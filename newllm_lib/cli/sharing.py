@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from newllm_lib.cli.output import echo
+
 
 @click.command()
 @click.argument("run")
@@ -18,7 +20,7 @@ def export(run: str, folder: Path, half: bool) -> None:
     sharing.export(run, folder, half=half)
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     size = sum(path.stat().st_size for path in folder.iterdir())
-    click.echo(f"{folder}/: {names} ({size / 2**20:.1f} MiB)")
+    echo(f"{folder}/: {names} ({size / 2**20:.1f} MiB)")
 
 
 @click.command()
@@ -30,7 +32,7 @@ def bundle(run: str, out: Path | None, checkpoint: bool) -> None:
     from newllm_lib import sharing
 
     path = sharing.bundle(run, out, checkpoint=checkpoint)
-    click.echo(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    echo(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
 @click.command("open")
@@ -44,4 +46,4 @@ def open_(bundle: Path, name: str | None, results_dir: str, max_gib: float) -> N
 
     run = sharing.open_bundle(bundle, results_dir, name, max_bytes=int(max_gib * 2**30))
     best = f", best PPL {run.best['val_ppl']:.2f}" if run.best else ""
-    click.echo(f"{run.folder}: verified; {run.record['status']}{best}")
+    echo(f"{run.folder}: verified; {run.record['status']}{best}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from newllm_lib.cli.fields import Sectioned, field_options, overrides_of
+from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.cli.training import config_of
 
 
@@ -58,9 +58,7 @@ def precisions(preset: str, formats: tuple[str, ...], control_seed: bool, as_jso
     if options.get("precision"):
         raise click.UsageError("--precision: this command trains in several formats; name them with --formats")
     config = config_of(preset, overrides_of(options))
-    study = compare_precisions(
-        config, formats, control_seed=control_seed, report=lambda text: click.echo(text, err=True)
-    )
+    study = compare_precisions(config, formats, control_seed=control_seed, report=lambda text: echo(text, err=True))
     _show(study, as_json, "precisions.md, precisions.png, study.json, steps.csv, validations.csv, and the runs")
 
 
@@ -112,8 +110,8 @@ def lr_scaling(
 def _show(study: Any, as_json: bool, files: str) -> None:
     """Findings and table, or the whole record."""
     if as_json:
-        click.echo(json.dumps(study.record, indent=2))
+        echo_json(study.record)
     else:
-        click.echo("\n".join(f"- {sentence}" for sentence in study.findings))
-        click.echo("\n" + study.table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
-    click.echo(f"left in {study.folder}/: {files}", err=True)
+        echo("\n".join(f"- {sentence}" for sentence in study.findings))
+        echo("\n" + study.table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    echo(f"left in {study.folder}/: {files}", err=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from newllm_lib.cli.fields import Sectioned, field_options, overrides_of
+from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.cli.training import config_of
 
 
@@ -56,10 +56,13 @@ def probe(
         lines = [f"{name:>10}  {text}" for name, text in room.probe_lines(found)]
     else:
         searching.setdefault("policy", overrides.get("batch_policy", "fast"))
-        choice = room.find_batch(config, report=lambda text: click.echo(text, err=True), **searching)
+        choice = room.find_batch(config, report=lambda text: echo(text, err=True), **searching)
         typed = f"newllm train {preset}{_options(choice, searching.keys() == {'policy'})} (with your other options)"
         found, lines = dataclasses.asdict(choice), [*choice.lines(), f"  to use it: {typed}"]
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines))
+    if as_json:
+        echo_json(found)
+    else:
+        echo("\n".join(lines))
 
 
 def _options(choice: Any, as_training_searches: bool) -> str:
@@ -93,19 +96,19 @@ def lr_find(
 
     def report(step: int, rate: float, loss: float) -> None:
         if step % 10 == 0 or step == 1:
-            click.echo(f"step {step} of {steps}: rate {rate:.2e}, loss {loss:.3f}", err=True)
+            echo(f"step {step} of {steps}: rate {rate:.2e}, loss {loss:.3f}", err=True)
 
     found = test(config, model=model, tokenizer=tokenizer, low=low, high=high, steps=steps, report=report)
     found.write(out)
     if as_json:
         fields = ("rates", "losses", "smoothed", "suggestion", "reason")
-        click.echo(json.dumps({name: getattr(found, name) for name in fields}, indent=2))
+        echo_json({name: getattr(found, name) for name in fields})
     else:
-        click.echo(f"suggested rate: {found.suggestion:.2g}" if found.suggestion else "no suggestion")
-        click.echo(f"  {found.reason}")
+        echo(f"suggested rate: {found.suggestion:.2g}" if found.suggestion else "no suggestion")
+        echo(f"  {found.reason}")
         if found.suggestion:
-            click.echo(f"  to use it: newllm train {preset} --lr {found.suggestion:.2g} (with your other options)")
-    click.echo(f"left in {out}/: lr_find.png, lr_find.csv", err=True)
+            echo(f"  to use it: newllm train {preset} --lr {found.suggestion:.2g} (with your other options)")
+    echo(f"left in {out}/: lr_find.png, lr_find.csv", err=True)
 
 
 @click.command()
@@ -130,6 +133,9 @@ def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Pat
     from newllm_lib.study.bench_report import table_text
 
     chosen = list(parts or (*PARTS, INFERENCE))
-    result = run_bench(data, out, chosen, rounds, memory, lambda text: click.echo(text, err=True))
-    click.echo(json.dumps(result, indent=2) if as_json else table_text(result))
-    click.echo(f"left in {out}/: bench.json, bench.md, bench.png", err=True)
+    result = run_bench(data, out, chosen, rounds, memory, lambda text: echo(text, err=True))
+    if as_json:
+        echo_json(result)
+    else:
+        echo(table_text(result))
+    echo(f"left in {out}/: bench.json, bench.md, bench.png", err=True)

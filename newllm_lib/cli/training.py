@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from newllm_lib import presets
 from newllm_lib.cli.fields import Sectioned, field_options, options_of, overrides_of
+from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.config import RunConfig, flat_fields
 
 
@@ -34,9 +34,9 @@ def _train_or_plan(config: RunConfig, fresh: bool, plan_only: bool, as_json: boo
     if plan_only:
         _, lines = runs.plan(config)
         if as_json:
-            click.echo(json.dumps(dict(lines), indent=2))
+            echo_json(dict(lines))
         else:
-            click.echo("\n".join(f"{name:>10}  {text}" for name, text in lines))
+            echo("\n".join(f"{name:>10}  {text}" for name, text in lines))
         return
     run = runs.train(config, fresh=fresh)
     _print_run(run, as_json)
@@ -72,7 +72,7 @@ def continue_(place: str, sha256: str | None, plan_only: bool, as_json: bool, **
         results_dir=results_dir,
         mirror_dir=given.get("mirror_dir"),
         sha256=sha256,
-        tell=lambda text: click.echo(text, err=True),
+        tell=lambda text: echo(text, err=True),
     )
     if found is None:
         raise click.ClickException(f"{results_dir}: holds no run that could be continued; name a place")
@@ -92,24 +92,24 @@ def _print_run(run, as_json: bool) -> None:
     from newllm_lib.progress import HEADER, table_line
 
     if as_json:
-        click.echo(json.dumps(run.record, indent=2))
+        echo_json(run.record)
         return
     rows = run.history.to_dict("records")
-    click.echo(f"\n{run.folder.name}: {run.record['status']}")
-    click.echo(HEADER)
+    echo(f"\n{run.folder.name}: {run.record['status']}")
+    echo(HEADER)
     for row in rows:
-        click.echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
+        echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
     if run.best is None:
         return
     best = next(row for row in rows if row["step"] == run.best["step"])
-    click.echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}")
+    echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}")
     if run.record["published_protocol"]:
         for level, title, row in report.milestones(rows):
             reached = "not reached" if row is None else f"{row['train_seconds']:.0f} s of training"
-            click.echo(f"  PPL {level:5.2f}  {reached:22}  (published: {title})")
+            echo(f"  PPL {level:5.2f}  {reached:22}  (published: {title})")
     for sample in run.record["samples"][:1]:
-        click.echo(f"\nsample: {sample}")
-    click.echo(f"\nleft in {run.folder}/: report.md, curves.png, history.csv, run.json, model/, checkpoints/")
+        echo(f"\nsample: {sample}")
+    echo(f"\nleft in {run.folder}/: report.md, curves.png, history.csv, run.json, model/, checkpoints/")
 
 
 @click.command("presets")
@@ -119,16 +119,14 @@ def list_presets(as_json: bool) -> None:
     from newllm_lib.schedule import peak_rate
 
     if as_json:
-        click.echo(json.dumps({name: preset().to_dict() for name, preset in presets.PRESETS.items()}, indent=2))
+        echo_json({name: preset().to_dict() for name, preset in presets.PRESETS.items()})
         return
     for name, preset in presets.PRESETS.items():
         config = preset()
         batch = config.train.batch_size or "by the hardware"
         length = f"{config.train.max_steps} steps" if config.train.epochs is None else f"{config.train.epochs} epochs"
-        click.echo(f"{name:18}{(preset.__doc__ or '').strip()}")
-        click.echo(
-            f"{'':18}{config.model.num_parameters:,} parameters, batch {batch}, {length}, {config.train.precision}"
-        )
+        echo(f"{name:18}{(preset.__doc__ or '').strip()}")
+        echo(f"{'':18}{config.model.num_parameters:,} parameters, batch {batch}, {length}, {config.train.precision}")
         if config.train.batch_size:
             rate = peak_rate(config.train, config.model.num_parameters)
-            click.echo(f"{'':18}rate {rate.value:.3g}: {rate.reason}")
+            echo(f"{'':18}rate {rate.value:.3g}: {rate.reason}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import click
 
+from newllm_lib.cli.output import echo, echo_exact, echo_json
 from newllm_lib.config import SPECIAL_TOKENS, UNK
 
 
@@ -30,20 +30,18 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
     source = data[0] if len(data) == 1 else data or None
     metrics = runs.evaluate(run, source, split=split, precision=precision)
     if as_json:
-        click.echo(json.dumps(metrics.to_dict(), indent=2))
+        echo_json(metrics.to_dict())
         return
-    click.echo(f"{run}, {split} split: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
+    echo(f"{run}, {split} split: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
     known = ("", "", "")
     if metrics.bits_per_byte is None:
         values = (f"{metrics.perplexity_known:10.3f}", f"{metrics.loss_known:10.4f}", f"{metrics.accuracy_known:10.2%}")
         known = tuple(f"   over known words {value}" for value in values)
-    click.echo(f"  perplexity   {metrics.perplexity:10.3f}{known[0]}")
-    click.echo(f"  loss         {metrics.loss:10.4f}{known[1]}  (nats a token)")
-    click.echo(f"  accuracy     {metrics.accuracy:10.2%}{known[2]}")
+    echo(f"  perplexity   {metrics.perplexity:10.3f}{known[0]}")
+    echo(f"  loss         {metrics.loss:10.4f}{known[1]}  (nats a token)")
+    echo(f"  accuracy     {metrics.accuracy:10.2%}{known[2]}")
     if metrics.bits_per_byte is not None:
-        click.echo(
-            f"  bits a byte  {metrics.bits_per_byte:10.4f}   word-level perplexity {metrics.word_perplexity:.4g}"
-        )
+        echo(f"  bits a byte  {metrics.bits_per_byte:10.4f}   word-level perplexity {metrics.word_perplexity:.4g}")
 
 
 @click.command()
@@ -79,9 +77,9 @@ def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **opti
     _warn_unknown(tokenizer, prompts)
     texts = _texts(model, tokenizer, [prompt for prompt in prompts or ("",) for _ in range(samples)], seed, options)
     if as_json:
-        click.echo(json.dumps([text._asdict() for text in texts], ensure_ascii=False, indent=2))
+        echo_json([text._asdict() for text in texts], ascii_only=False)
     else:
-        click.echo("\n\n".join(text.prompt + text.text for text in texts))
+        echo_exact("\n\n".join(text.prompt + text.text for text in texts))
 
 
 _BATCH = 256
@@ -100,12 +98,12 @@ def _texts(model, tokenizer, prompts: list[str], seed: int | None, options: dict
 
 def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
     """Read a line, write its continuation as it comes, until the end of the input or Ctrl-C at the prompt."""
-    click.echo("a line goes on the text; an empty one lets the model go on; /new begins a text; Ctrl-D ends", err=True)
+    echo("a line goes on the text; an empty one lets the model go on; /new begins a text; Ctrl-D ends", err=True)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
-            click.echo(err=True)
+            echo(err=True)
             return
         if line.strip() == "/new":
             writer.reset()
@@ -113,10 +111,10 @@ def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
         _warn_unknown(tokenizer, (line,))
         try:
             for piece in writer.write(line, generator=generator, **options):
-                click.echo(piece, nl=False)
+                echo_exact(piece, nl=False)
         except KeyboardInterrupt:
-            click.echo(" (stopped)", nl=False, err=True)
-        click.echo()
+            echo(" (stopped)", nl=False, err=True)
+        echo()
 
 
 def _generator(seed: int | None):
@@ -127,6 +125,4 @@ def _generator(seed: int | None):
 
 def _warn_unknown(tokenizer, prompts: tuple[str, ...]) -> None:
     if any(UNK in tokenizer.encode(prompt) for prompt in prompts):
-        click.echo(
-            f"warning: words of the prompt are not in the vocabulary and are read as {SPECIAL_TOKENS[UNK]}", err=True
-        )
+        echo(f"warning: words of the prompt are not in the vocabulary and are read as {SPECIAL_TOKENS[UNK]}", err=True)

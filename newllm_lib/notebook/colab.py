@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from html import escape
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.parse import quote
 
 from newllm_lib.files import write_text_atomic
+from newllm_lib.formatting import html_attribute, html_text, say
 from newllm_lib.mirror import Safety
 from newllm_lib.progress import in_kernel
 
@@ -83,7 +84,7 @@ def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:
             _named(error), "To try again: Runtime > Restart session, then Run all, and allow the access when asked."
         )
     else:
-        print(f"runs are copied to {place} (Colab sends them on to Google's servers in the background)")
+        say(f"runs are copied to {place} (Colab sends them on to Google's servers in the background)")
         return Storage(str(place))
     return Storage(None)
 
@@ -131,18 +132,18 @@ def offer_download(path: str | Path) -> None:
     """
     path = Path(path)
     size = path.stat().st_size
-    print(f"{path.resolve()} ({size / 2**20:.1f} MiB)")
+    say(f"{path.resolve()} ({size / 2**20:.1f} MiB)")
     if in_colab():
         _download_from_colab(path, size)
         return
     if in_kaggle():
-        print(f"what lies in {KAGGLE_OUTPUT} is under Output on the right, and is kept when you choose Save Version")
+        say(f"what lies in {KAGGLE_OUTPUT} is under Output on the right, and is kept when you choose Save Version")
     if in_kernel() and path.resolve().is_relative_to(Path.cwd()):  # what a notebook's server can link to
-        from IPython.display import FileLink, display
+        from IPython.display import HTML, display
 
-        link = FileLink(os.path.relpath(path))
-        link.html_link_str = "<a href='%s' download>%s</a>"  # JupyterLab opens other links as text, which fails
-        display(link)
+        place = os.path.relpath(path)
+        address = html_attribute(quote(place))  # a file may be called javascript:...
+        display(HTML(f"<a href='{address}' download>{html_text(place)}</a>"))  # Lab opens other links as text
 
 
 def _download_from_colab(path: Path, size: int) -> None:
@@ -151,16 +152,16 @@ def _download_from_colab(path: Path, size: int) -> None:
         "settings have it, else mirror_dir=nl.storage(use_drive=True).mirror_dir in nl.train"
     )
     if size > MAX_DOWNLOAD_BYTES:
-        print(f"too large for a download by the browser; {by_hand}")
+        say(f"too large for a download by the browser; {by_hand}")
         return
     try:
         from google.colab import files
 
         files.download(str(path))
     except Exception as error:
-        print(f"the download failed ({type(error).__name__}: {error}); {by_hand}")
+        say(f"the download failed ({type(error).__name__}: {error}); {by_hand}")
     else:
-        print(f"your browser downloads it; should nothing arrive, {by_hand}")
+        say(f"your browser downloads it; should nothing arrive, {by_hand}")
 
 
 def _not_used(reason: str, remedy: str) -> None:
@@ -174,9 +175,9 @@ def _named(error: Exception) -> str:
 def _warn(title: str, text: str) -> None:
     """In red where that can be: what did not go as it was meant to, why, and what to do."""
     if not in_kernel():
-        print(f"warning: {title}: {text}", file=sys.stderr)
+        say(f"warning: {title}: {text}", sys.stderr)
         return
     from IPython.display import HTML, display
 
     style = "border:2px solid #d62828;border-left-width:10px;background:rgba(214,40,40,.12);padding:6px 10px"
-    display(HTML(f'<div style="{style}"><b style="color:#d62828">{title}</b>: {escape(text)}</div>'))
+    display(HTML(f'<div style="{style}"><b style="color:#d62828">{title}</b>: {html_text(text)}</div>'))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 from newllm_lib import presets
 from newllm_lib.config import FlatField, RunConfig, flat_fields
+from newllm_lib.formatting import html_text, say, terminal_text
 from newllm_lib.notation import command
 from newllm_lib.notebook.panel_fields import Setting
 from newllm_lib.notebook.panel_plan import Plan, Planner, lines_of, plan_html, refused_html
@@ -139,10 +139,10 @@ class Panel:
         from IPython.display import display
 
         if not in_kernel():
-            print(repr(self))
+            say(repr(self))
             return
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        display({"text/plain": self.command, "application/vnd.jupyter.widget-view+json": view}, raw=True)
+        display({"text/plain": terminal_text(self.command), "application/vnd.jupyter.widget-view+json": view}, raw=True)
         self._follow_cells()
         self.refresh(measure=True)  # seconds, and only where nothing is known of such a model here
 
@@ -231,7 +231,7 @@ class Panel:
         self._mark()
 
     def _say(self, text: str) -> None:
-        self._shown.value = f'<div style="padding:8px 0;opacity:.75">{escape(text)}</div>'
+        self._shown.value = f'<div style="padding:8px 0;opacity:.75">{html_text(text)}</div>'
 
     def _mark(self) -> None:
         """What differs from the preset, and what training is refused for, beside the fields and on their groups."""

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from html import escape
 from typing import Any, NamedTuple
 
 from newllm_lib.config import FlatField
+from newllm_lib.formatting import html_attribute, html_text
 from newllm_lib.notation import parse, shown
 from newllm_lib.settings import allowed_types
 
@@ -224,9 +224,9 @@ class Setting:
 
     def explain(self, text: str, pill: str = "") -> None:
         """Two lines of small print beside the widgets, the whole of it as their tooltip."""
-        text = escape(text, quote=True)
         style = "font-size:11px;line-height:13px;max-height:26px;overflow:hidden;padding-left:6px"
-        self.note.value = f'<div title="{text}" style="{style}">{pill}<span style="opacity:.75">{text}</span></div>'
+        shown_text = f'<span style="opacity:.75">{html_text(text)}</span>'
+        self.note.value = f'<div title="{html_attribute(text)}" style="{style}">{pill}{shown_text}</div>'
 
 
 def read(item: FlatField, text: str) -> Any:
@@ -251,4 +251,4 @@ def shown_choice(value: Any) -> str:
 
 
 def _pill(text: str, colour: str) -> str:
-    return f'<span style="{PILL};background:{colour};margin-right:5px">{escape(text)}</span>'
+    return f'<span style="{PILL};background:{colour};margin-right:5px">{html_text(text)}</span>'

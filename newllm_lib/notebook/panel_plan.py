@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from newllm_lib import presets
 from newllm_lib.checkpoint import Checkpoints
 from newllm_lib.config import RunConfig
 from newllm_lib.earlier import checkpoints_gone, decisions, earlier_record, run_folder
+from newllm_lib.formatting import html_text
 from newllm_lib.mirror import Mirror
 from newllm_lib.mirror.copies import of_another_run
 from newllm_lib.notebook.panel_fields import ORANGE, PILL, RED
@@ -217,7 +217,7 @@ def plan_html(plan: Plan, command: str) -> str:
     )
     cells = "".join(
         '<div style="flex:1 1 auto;min-width:80px;white-space:nowrap"><div style="opacity:.75;font-size:11px">'
-        f'{name}</div><div style="font-size:15px;font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
+        f'{name}</div><div style="font-size:15px;font-variant-numeric:tabular-nums">{html_text(value)}</div></div>'
         for name, value in figures
     )
     rows = "".join(map(_row, [*lines_of(plan), ("shell", command)]))
@@ -235,7 +235,7 @@ def refused_html(reason: str, last_plan: str = "") -> str:
     last = f'<div style="font-size:11px">The last plan that could be:</div>{last_plan}' if last_plan else ""
     return (
         f'<div role="alert" style="{PILL};background:{RED};padding:6px 10px;margin:4px 0;font-size:13px;'
-        f'line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere">{escape(reason)}</div>'
+        f'line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere">{html_text(reason)}</div>'
         f'<div style="opacity:.4">{last}</div>'
     )
 
@@ -243,13 +243,13 @@ def refused_html(reason: str, last_plan: str = "") -> str:
 def _warning(text: str) -> str:
     return (
         f'<div style="border-left:3px solid {ORANGE};padding-left:8px;margin:3px 0 6px;font-size:12px;'
-        f'overflow-wrap:anywhere">{escape(text)}</div>'
+        f'overflow-wrap:anywhere">{html_text(text)}</div>'
     )
 
 
 def _row(line: tuple[str, str]) -> str:
     name, text = line
     return (
-        f'<div style="display:flex"><div style="flex:0 0 84px;opacity:.75">{escape(name)}</div>'
-        f'<div style="flex:1 1 0;min-width:0;overflow-wrap:anywhere">{escape(text)}</div></div>'
+        f'<div style="display:flex"><div style="flex:0 0 84px;opacity:.75">{html_text(name)}</div>'
+        f'<div style="flex:1 1 0;min-width:0;overflow-wrap:anywhere">{html_text(text)}</div></div>'
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 from newllm_lib import published
 from newllm_lib.curves import plain_log_axis, set_epoch_axis
 from newllm_lib.diagnose import Row, Spell, best_row, number
+from newllm_lib.formatting import html_text, one_line
 from newllm_lib.mirror import Safety
 from newllm_lib.report import duration
 
@@ -67,14 +67,14 @@ def page(view: View) -> str:
 def summary(view: View) -> str:
     """The page in one line, for where no HTML is shown."""
     if not view.total_steps and view.messages:
-        return view.messages[-1]
+        return one_line(view.messages[-1])
     best = best_row(view.rows)
     parts = [
         view.record["run"] if view.record else "training",
         f"{view.status or 'not started'} at step {view.step:,} of {view.total_steps:,}",
         f"best validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}" if best else "no validation yet",
     ]
-    return "; ".join(parts)
+    return one_line("; ".join(parts))
 
 
 def _title(record: dict[str, Any] | None) -> str:
@@ -82,8 +82,8 @@ def _title(record: dict[str, Any] | None) -> str:
         return ""
     about = f"{record['data']['name']}, {record['parameters']:,} parameters"
     return (
-        f'<div style="margin-bottom:4px"><b>{escape(record["run"])}</b> '
-        f'<span style="opacity:.7">{escape(about)}</span></div>'
+        f'<div style="margin-bottom:4px"><b>{html_text(record["run"])}</b> '
+        f'<span style="opacity:.7">{html_text(about)}</span></div>'
     )
 
 
@@ -102,7 +102,7 @@ def _state(view: View) -> str:
     )
     shown = "".join(
         f'<div style="flex:1 1 0;min-width:84px;white-space:nowrap;overflow:hidden"><div style="opacity:.7;'
-        f'font-size:11px">{label}</div><div style="font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
+        f'font-size:11px">{label}</div><div style="font-variant-numeric:tabular-nums">{html_text(value)}</div></div>'
         for label, value in cells
     )
     done = view.status in ("finished", "stopped early")  # also when skipped steps leave fewer than were planned
@@ -121,7 +121,7 @@ def _work(safety: Safety | None) -> str:
         return ""
     mark = "" if safety.safe else "<b>\N{WARNING SIGN}\N{VARIATION SELECTOR-15}</b> "
     look = "opacity:.7" if safety.safe else f"border-left:3px solid {ORANGE};padding-left:1ch"
-    return f'<div style="font-size:12px;{look}">{mark}your work: {escape(safety.text)}</div>'
+    return f'<div style="font-size:12px;{look}">{mark}your work: {html_text(safety.text)}</div>'
 
 
 def _notes(view: View) -> str:
@@ -141,7 +141,7 @@ def _note(text: str, warning: bool, active: bool = True) -> str:
     mark = "<b>\N{WARNING SIGN}\N{VARIATION SELECTOR-15} warning</b> " if warning else ""
     edge = f"border-left:3px solid {ORANGE};margin:3px 0" if warning else "border-left:3px solid transparent"
     style = f"{MONOSPACE};white-space:pre-wrap;overflow-wrap:anywhere;{indent};{edge}"
-    return f'<div style="{style}{"" if active else ";opacity:.6"}">{mark}{escape(text)}</div>'
+    return f'<div style="{style}{"" if active else ";opacity:.6"}">{mark}{html_text(text)}</div>'
 
 
 def _picture(curves: str) -> str:

@@ -31,6 +31,7 @@ from newllm_lib.hardware import (
 )
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import matrix_parameters
+from newllm_lib.portable import last_part
 from newllm_lib.recurrence.products import Product
 from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.step import make_optimizers, optimizer_step
@@ -247,7 +248,7 @@ def run_bench(
         report(f"memory of {case.subject} at batch {case.batch}")
         row = {"part": "memory", **measure([case], data, 1, lambda text: None)[0]}
         rows.append(row | {"memory_bytes": memory_bytes(case, data)})
-    result = {"environment": environment(detect()), "data": data, "rounds": rounds, "rows": rows}
+    result = {"environment": environment(detect()), "data": last_part(data), "rounds": rounds, "rows": rows}
     if INFERENCE in parts:
         result[INFERENCE] = measure_inference(rounds, report)
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from newllm_lib.formatting import markdown_text, plot_text
 from newllm_lib.study.bench_inference import inference_text
 
 SERIES = {
@@ -26,7 +27,8 @@ def table_text(result: dict[str, Any]) -> str:
     """Markdown: a table of every row, each beside the published loop at the same size where that was run."""
     environment = result["environment"]
     lines = [
-        f"{environment['device_name']}, {environment['threads']} threads, torch {environment['versions']['torch']}. "
+        f"{markdown_text(environment['device_name'])}, {environment['threads']} threads, torch "
+        f"{markdown_text(environment['versions']['torch'])}. "
         "Medians of steps taken in turn; slots count padding, tokens do not; the share is the work on real tokens over "
         "the measured rate of matrix products of the same shapes and format.",
         "",
@@ -71,7 +73,7 @@ def write_plot(path: Path, result: dict[str, Any]) -> None:
 
     parts = [part for part in GROWTH if any(row["part"] == part for row in result["rows"])]
     figure = Figure(figsize=(4.6 * len(parts), 4.2), layout="constrained")
-    figure.suptitle(f"Training speed on {result['environment']['device_name']}", fontsize=12)
+    figure.suptitle(f"Training speed on {plot_text(result['environment']['device_name'])}", fontsize=12)
     for part, axes in zip(parts, figure.subplots(1, len(parts), squeeze=False)[0], strict=True):
         for subject, (label, color) in SERIES.items():
             rows = [row for row in result["rows"] if row["part"] == part and row["subject"] == subject]

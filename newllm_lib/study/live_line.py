@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from newllm_lib.formatting import one_line, say, terminal_text
 from newllm_lib.progress import STOPPING, Progress, in_kernel
 
 _PAUSE_SECONDS = 0.5
@@ -34,7 +35,7 @@ class LiveLine(Progress):
             self._page.show("")
             return
         self._erase()
-        print(text, file=self._stream, flush=True)
+        say(text, self._stream)
 
     def message(self, text: str) -> None:
         """Let a warning stay, the first time, and what an interrupt is answered with."""
@@ -66,7 +67,7 @@ class LiveLine(Progress):
         if self._page:
             self._page.show(text)
         elif self._stream.isatty():
-            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be rewritten
+            text = one_line(text)[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be rewritten
             self._stream.write("\r" + text.ljust(self._width))
             self._stream.flush()
             self._width = len(text)
@@ -98,7 +99,7 @@ class _Page:
     def _show(self, moving: str) -> None:
         from IPython.display import display
 
-        data = {"text/plain": "\n".join([*self.lines, moving]).rstrip("\n")}
+        data = {"text/plain": terminal_text("\n".join([*self.lines, moving]).rstrip("\n"))}
         if self._handle is None:
             self._handle = display(data, raw=True, display_id=True)
         else:

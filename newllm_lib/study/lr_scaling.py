@@ -20,9 +20,11 @@ import numpy as np
 from newllm_lib import presets, runs
 from newllm_lib.config import PAD, RunConfig
 from newllm_lib.files import write_text_atomic
+from newllm_lib.formatting import csv_text, markdown_list, text_table
 from newllm_lib.hardware import environment
 from newllm_lib.metrics import perplexity
 from newllm_lib.planning import check_batch, make_setup
+from newllm_lib.portable import portable_config
 from newllm_lib.report import duration, finite
 from newllm_lib.schedule import peak_rate
 from newllm_lib.study import lr_scaling_report
@@ -104,18 +106,21 @@ class LrScalingStudy:
         return self.record["findings"]
 
     @property
+    def summary(self) -> str:
+        """The findings as a list in Markdown, for a notebook to show."""
+        return markdown_list(self.findings)
+
+    @property
     def table(self) -> DataFrame:
         """A row for each cell; cells with the same rate share a run."""
-        import pandas
-
-        return pandas.DataFrame(self.record["cells"])
+        return text_table(self.record["cells"])
 
     def write(self, folder: str | Path) -> Path:
         """study.json, two tables as .csv, lr_scaling.png and lr_scaling.md in a folder, which is returned."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, frame in (("lr_scaling", self.table), ("histories", self.histories)):
-            write_text_atomic(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+            write_text_atomic(folder / f"{name}.csv", csv_text(frame, index=False))
         lr_scaling_report.write_plot(folder / "lr_scaling.png", self.record, self.histories)
         write_text_atomic(folder / "lr_scaling.md", lr_scaling_report.text(self.record))
         write_text_atomic(folder / "study.json", json.dumps(self.record, indent=2) + "\n")
@@ -333,7 +338,7 @@ def _study(folder: Path, key: str, setup: Setup, cells: list[Cell]) -> LrScaling
         "precision": setup.precision.name,
         "precision_reason": setup.precision.reason,
         "initialisations": {cell.initialisation: INITIALISATIONS[cell.initialisation] for cell in cells},
-        "config": setup.requested.to_dict(),
+        "config": portable_config(setup.requested.to_dict()),
         "cells": [cell_facts(cell, found[cell.config.name], histories[cell.config.name], unigram) for cell in cells],
         "environment": environment(setup.machine),
     }

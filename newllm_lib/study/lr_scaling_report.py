@@ -10,6 +10,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from newllm_lib.files import write_atomic
+from newllm_lib.formatting import markdown_list, markdown_text, plot_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -176,18 +177,18 @@ def text(record: dict[str, Any]) -> str:
         accuracy = "" if cell["accuracy"] is None else f"{cell['accuracy']:.1%}"
         values = (cell["initialisation"], cell["batch"], cell["rule"], f"{cell['lr']:.3g}", cell["seed"], cell["steps"])
         figures = ("" if cell[name] is None else f"{cell[name]:.2f}" for name in ("best_ppl", "final_ppl"))
-        row = [*map(str, values), *figures, accuracy, cell["plateau"], cell["run"]]
+        row = [*map(markdown_text, values), *figures, accuracy, *map(markdown_text, (cell["plateau"], cell["run"]))]
         lines.append("| " + " | ".join(row) + " |")
     train, environment = record["config"]["train"], record["environment"]
     settings = [
-        f"- {name}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
         for name, fields in record["initialisations"].items()
     ]
     return "\n".join(
         [
             "# Learning-rate rules, batches, initialisations",
             "",
-            *(f"- {sentence}" for sentence in record["findings"]),
+            markdown_list(record["findings"]),
             "",
             "![grid and curves](lr_scaling.png)",
             "",
@@ -200,15 +201,17 @@ def text(record: dict[str, Any]) -> str:
             "",
             "## What differs, and what does not",
             "",
-            *settings,
+            markdown_list(settings),
             "",
             f"All else is equal: {train['optimizer']}, betas {train['beta1']} and {train['beta2']}, weight decay "
             f"{train['weight_decay']:g}, {train['lr_schedule']} rate, clipping {train['clip_by_epoch']}, dropout "
             f"{record['config']['model']['dropout']:g}. Rules start from {train['lr_base']:g} at batch "
             f"{train['batch_size']} unless they name another batch.",
             "",
-            f"{record['precision']}: {record['precision_reason']}. {environment['device_name']}, torch "
-            f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}.",
+            markdown_text(
+                f"{record['precision']}: {record['precision_reason']}. {environment['device_name']}, torch "
+                f"{environment['versions']['torch']}, commit {environment['git_commit'] or 'unknown'}."
+            ),
             "",
         ]
     )
@@ -227,7 +230,7 @@ def write_plot(path: Path, record: dict[str, Any], histories: DataFrame) -> None
     columns = math.lcm(len(names), len(batches))
     figure = Figure(figsize=(max(9, 4.8 * len(batches)), 8.6), layout="constrained")
     figure.suptitle(
-        f"Learning-rate rules  ({record['data']}, {record['parameters']:,} parameters, "
+        f"Learning-rate rules  ({plot_text(record['data'])}, {record['parameters']:,} parameters, "
         f"{record['sequences']:,} sequences a cell)",
         fontsize=13,
     )

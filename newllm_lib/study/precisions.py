@@ -21,9 +21,11 @@ from newllm_lib import report as reports
 from newllm_lib import runs
 from newllm_lib.config import RunConfig
 from newllm_lib.files import write_text_atomic
+from newllm_lib.formatting import csv_text, markdown_list, read_csv, say, text_table
 from newllm_lib.hardware import DTYPES, Machine, Precision, choose_precision, environment
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup
+from newllm_lib.portable import portable_config
 from newllm_lib.progress import Progress
 from newllm_lib.study import precisions_report
 from newllm_lib.study.members import check_length, claim, failure_of, listed, train_member
@@ -62,25 +64,26 @@ class PrecisionStudy:
         return self.record["findings"]
 
     @property
+    def summary(self) -> str:
+        """The findings as a list in Markdown, for a notebook to show."""
+        return markdown_list(self.findings)
+
+    @property
     def table(self) -> DataFrame:
         """A row for each run: how it ended, and how far it is from the first."""
-        import pandas
-
-        return pandas.DataFrame(precisions_report.table_rows(self.record))
+        return text_table(precisions_report.table_rows(self.record))
 
     @property
     def rounding(self) -> DataFrame:
         """Errors of a single step: a row for each format, state of the weights and part of the model."""
-        import pandas
-
-        return pandas.DataFrame(self.record["rounding"])
+        return text_table(self.record["rounding"])
 
     def write(self, folder: str | Path) -> Path:
         """study.json, steps.csv, validations.csv, precisions.png and precisions.md in a folder, which is returned."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("steps", "validations"):
-            write_text_atomic(folder / f"{name}.csv", getattr(self, name).to_csv(index=False, lineterminator="\n"))
+            write_text_atomic(folder / f"{name}.csv", csv_text(getattr(self, name), index=False))
         precisions_report.write_plot(folder / "precisions.png", self.record, self.steps, self.validations)
         write_text_atomic(folder / "precisions.md", precisions_report.text(self.record))
         write_text_atomic(folder / "study.json", json.dumps(self.record, indent=2) + "\n")  # last: now it is whole
@@ -89,11 +92,9 @@ class PrecisionStudy:
     @classmethod
     def read(cls, folder: str | Path) -> PrecisionStudy:
         """The finished study in a folder; FileNotFoundError where there is none."""
-        import pandas
-
         folder = Path(folder)
         record = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        steps, validations = (pandas.read_csv(folder / f"{name}.csv") for name in ("steps", "validations"))
+        steps, validations = (read_csv(folder / f"{name}.csv") for name in ("steps", "validations"))
         return cls(folder, record, steps, validations)
 
 
@@ -112,7 +113,7 @@ def compare_precisions(
     *,
     control_seed: bool = True,
     progress: Progress | None = None,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
     **overrides: Any,
 ) -> PrecisionStudy:
     """Train the same run in each of `precisions`, compare each with the first, and leave all of it in a folder.
@@ -248,7 +249,7 @@ def _study(folder: Path, key: str, setup: Setup, members: list[Member], asked: S
         "preset": setup.config.preset,
         "precisions_asked": list(asked),
         "data": setup.prepared.corpus_name,
-        "config": members[0].config.to_dict(),
+        "config": portable_config(members[0].config.to_dict()),
         "window": window,
         "runs": [
             run_facts(member, run, log) for member, run, log in zip(members, found, steps, strict=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from newllm_lib.curves import plain_log_axis
 from newllm_lib.files import write_atomic
+from newllm_lib.formatting import markdown_list, markdown_text, plot_text
 from newllm_lib.study.rounding import ALL
 
 if TYPE_CHECKING:
@@ -193,11 +194,13 @@ def text(record: dict[str, Any]) -> str:
         for row in record["rounding"]
     ]
     environment = record["environment"]
+    versions, commit = environment["versions"], environment["git_commit"] or "unknown"
+    machine = f"{environment['device_name']}, torch {versions['torch']}, commit {commit}"
     return "\n".join(
         [
             "# One run in several number formats",
             "",
-            *(f"- {sentence}" for sentence in record["findings"]),
+            markdown_list(record["findings"]),
             "",
             "![curves](precisions.png)",
             "",
@@ -216,8 +219,7 @@ def text(record: dict[str, Any]) -> str:
             "",
             _table(rounding),
             "",
-            f"{environment['device_name']}, torch {environment['versions']['torch']}, commit "
-            f"{environment['git_commit'] or 'unknown'}. Every figure is in study.json, every step in steps.csv.",
+            f"{markdown_text(machine)}. Every figure is in study.json, every step in steps.csv.",
             "",
         ]
     )
@@ -226,7 +228,7 @@ def text(record: dict[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else markdown_text(value)
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -245,7 +247,8 @@ def write_plot(path: Path, record: dict[str, Any], steps: DataFrame, validations
 
     figure = Figure(figsize=(15, 8.4), layout="constrained")
     formats = " and ".join(dict.fromkeys(run["precision"].upper() for run in record["runs"]))
-    figure.suptitle(f"The same run in {formats}  ({record['data']}, preset {record['preset']})", fontsize=13)
+    title = f"The same run in {formats}  ({record['data']}, preset {record['preset']})"
+    figure.suptitle(plot_text(title), fontsize=13)
     panels = figure.subplots(2, 3)
     _training_panel(panels[0, 0], record, steps)
     _difference_panel(panels[0, 1], record, steps)
@@ -267,7 +270,7 @@ def _styles(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
             styles[run["label"]] = {"color": _GREY, "linewidth": 1.6, "zorder": 1, "label": "another seed"}
         else:
             dashed = {"linestyle": (0, (4, 2))} if number else {}
-            name = run["precision"].upper()
+            name = plot_text(run["precision"].upper())
             styles[run["label"]] = {
                 "color": COLOURS[number % 4],
                 "linewidth": 1.8,

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 
 from newllm_lib.config import DataConfig
+from newllm_lib.formatting import shell_word
+from newllm_lib.portable import ELSEWHERE
 
 SPLITS = ("train", "validation", "test")
 
@@ -54,6 +56,11 @@ def load_corpus(config: DataConfig) -> Corpus:
     UTF-8, lacks a split, or cannot be reached.
     """
     sources = config.data if isinstance(config.data, tuple) else (config.data,)
+    if found := [source.removeprefix(ELSEWHERE) for source in sources if source.startswith(ELSEWHERE)]:
+        raise ValueError(
+            f"data {', '.join(found)}: this text is on the machine that the run came from. Pass where it is on this "
+            "one: data=... (in the shell --data, in the notebook DATA)"
+        )
     if len(sources) == 1:
         if sources[0] == "builtin":
             return _builtin()
@@ -94,10 +101,11 @@ def _from_folder(folder: Path, unit: str) -> Corpus:
         files[split] = path
     for split, example in (("train", "train.txt"), ("validation", "valid.txt")):
         if split not in files:
+            pattern = shell_word(f"{glob.escape(str(folder))}/*.txt")
             there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise ValueError(
                 f"data {folder}: no {split} split. Name it {example} (or wiki.{example[:5]}.tokens, .raw); the folder "
-                f'holds {there}. For loose text files give a pattern instead: --data "{folder}/*.txt"'
+                f"holds {there}. For loose text files give a pattern instead: --data {pattern}"
             )
     return Corpus(folder.resolve().name, {split: read_texts(path, unit) for split, path in files.items()})
 
@@ -165,7 +173,7 @@ def read_texts(path: Path, unit: str) -> list[str]:
         line = raw.count(b"\n", 0, start) + 1
         raise ValueError(
             f"data {path}: not UTF-8 at byte {start} (line {line}); convert it, for example: "
-            f"iconv -f latin1 -t utf-8 {path.name}"
+            f"iconv -f latin1 -t utf-8 -- {shell_word(path)}"
         ) from error
     texts = split_units(text, unit)
     if not texts:

@@ -117,6 +117,11 @@ class Interface:
         if self._shots:
             (of or self.page).screenshot(path=self._shots / f"{self.name}_{name}.png")
 
+    def keep(self, name: str, text: str) -> None:
+        """A text beside the pictures, for people to read."""
+        if self._shots:
+            (self._shots / f"{self.name}_{name}.txt").write_text(text, encoding="utf-8")
+
 
 class Lab(Interface):
     """JupyterLab 4."""

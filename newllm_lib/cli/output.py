@@ -1,0 +1,36 @@
+"""The one way from the commands to the terminal: messages and tables are escaped, what a program reads is exact."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import click
+
+from newllm_lib.formatting import terminal_text
+
+
+def echo(text: Any = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print text for people; err: to standard error."""
+    click.echo(terminal_text(text), err=err, nl=nl)
+
+
+def echo_json(value: Any, *, ascii_only: bool = True) -> None:
+    """Print JSON: exact for the program that reads it, and without a character that a terminal obeys."""
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=2)
+    click.echo(re.sub("[\x7f-\uffff]", lambda found: _in_json(found[0]), text))
+
+
+def _in_json(character: str) -> str:
+    """A character in JSON, written as a number where a terminal would not show it."""
+    return character if terminal_text(character) == character else f"\\u{ord(character):04x}"
+
+
+def echo_exact(text: str, *, nl: bool = True) -> None:
+    """Print a text that a model wrote, or a file: escaped on a terminal, exact in a file and for another program."""
+    shown = terminal_text(text) if sys.stdout.isatty() else text
+    # half a surrogate pair, which no encoding has, is escaped everywhere
+    whole = re.sub("[\\ud800-\\udfff]", lambda half: terminal_text(half[0]), shown)
+    click.echo(whole, nl=nl, color=True)  # else click leaves out what looks like a colour
