@@ -12,7 +12,8 @@ from typing import Any
 from newllm_lib import published
 from newllm_lib.curves import no_curves
 from newllm_lib.diagnose import best_row, every_spell
-from newllm_lib.files import write_text_atomic
+from newllm_lib.errors import FileMissingError, RunError
+from newllm_lib.files import file_errors, read_json, write_text_atomic
 
 HISTORY_COLUMNS = (
     "step",
@@ -33,25 +34,43 @@ HISTORY_COLUMNS = (
 )
 
 
+_REQUIRED = {"run": str, "status": str, "config": dict, "decided": dict, "best": dict | None}
+_OPTIONAL = {
+    "identity": str | None, "requested": dict | None, "data": dict, "validation": dict, "environment": dict,
+    "commands": list, "plan": list, "samples": list, "step": int | None, "decay_steps": int | None,
+}  # fmt: skip
+_BEST = dict.fromkeys(("step", "epoch", "val_loss", "val_ppl", "val_accuracy"), int | float | None)
+"""The types of what is read of run.json, by name; older records lack some of the optional ones."""
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """run.json: everything about a run but its curve. Infinite and missing numbers become null."""
     write_text_atomic(folder / "run.json", json.dumps(finite(record), indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a run's folder; FileNotFoundError or ValueError says what is wrong with it."""
+    """run.json of a run's folder; FileMissingError, FileError or RunError says what is wrong with it."""
     path = folder / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no run here (there is no run.json in it)")
+    with file_errors(path):
+        there = path.is_file()
+    if not there:
+        raise FileMissingError(f"{folder}: no run here (there is no run.json in it)")
     way_out = "move it away: the checkpoints beside it go on without it"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); {way_out}") from error
-    missing = {"run", "status", "config", "decided", "best"} - set(record if isinstance(record, dict) else ())
+    record = read_json(path, way_out)
+    missing = set(_REQUIRED) - set(record if isinstance(record, dict) else ())
     if missing:
-        raise ValueError(f"{path}: not the record of a run, {', '.join(sorted(missing))} missing; {way_out}")
+        raise RunError(f"{path}: not the record of a run, {', '.join(sorted(missing))} missing; {way_out}")
+    damaged = _damaged(record, _REQUIRED | _OPTIONAL)
+    if isinstance(record["best"], dict):
+        damaged += _damaged(record["best"], _BEST, "best.")
+    if damaged:
+        raise RunError(f"{path}: damaged, {', '.join(damaged)} not what a run writes; {way_out}")
     return record
+
+
+def _damaged(values: dict[str, Any], kinds: dict[str, Any], prefix: str = "") -> list[str]:
+    """The names of values that are there and of another type than a run writes."""
+    return [prefix + name for name, kind in kinds.items() if name in values and not isinstance(values[name], kind)]
 
 
 def finite(value: Any) -> Any:
@@ -73,10 +92,19 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def read_history(folder: Path):
-    """history.csv as a DataFrame."""
+    """history.csv as a DataFrame; errors as of `read_table`."""
+    return read_table(folder / "history.csv")
+
+
+def read_table(path: Path):
+    """A .csv file of this library as a DataFrame; FileError where it cannot be read, RunError where it is damaged."""
     import pandas
 
-    return pandas.read_csv(folder / "history.csv")
+    try:
+        with file_errors(path, f"cannot read {path}"):
+            return pandas.read_csv(path)
+    except ValueError as error:  # as pandas says it of a file that is no table, or not UTF-8
+        raise RunError(f"{path}: damaged, not a table that can be read ({error})") from error
 
 
 def duration(seconds: float) -> str:

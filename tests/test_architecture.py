@@ -18,6 +18,7 @@ import newllm_lib
 PACKAGE = Path(newllm_lib.__file__).parent
 
 ROOMS = [
+    "errors",
     "settings",
     "config",
     "notation",
@@ -200,7 +201,17 @@ def test_no_file_holds_a_path_of_one_machine(repository):
 
 # --- the newest Python ------------------------------------------------------------------------------------------
 
-TORCH_FREE = ["settings", "config", "schedule", "published", "presets", "files", "text.corpus", "text.tokenizer"]
+TORCH_FREE = [
+    "errors",
+    "settings",
+    "config",
+    "schedule",
+    "published",
+    "presets",
+    "files",
+    "text.corpus",
+    "text.tokenizer",
+]
 NUMPY_ONLY = ["text.sequences", "text.prepare"]
 
 

@@ -37,7 +37,9 @@ def bundle(run: str, out: Path | None, checkpoint: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--name", default=None, help="Folder of the run (default: the name it had).")
 @click.option("--results-dir", default="results", show_default=True, help="Where runs lie.")
-@click.option("--max-gib", default=8.0, show_default=True, help="Most that may be unpacked (GiB).")
+@click.option(
+    "--max-gib", type=click.FloatRange(0, 1e6), default=8.0, show_default=True, help="Most that may be unpacked (GiB)."
+)
 def open_(bundle: Path, name: str | None, results_dir: str, max_gib: float) -> None:
     """Verify BUNDLE (every hash, name and size) and unpack it as a run."""
     from newllm_lib import sharing

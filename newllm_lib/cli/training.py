@@ -12,6 +12,7 @@ import click
 from newllm_lib import presets
 from newllm_lib.cli.fields import Sectioned, field_options, options_of, overrides_of
 from newllm_lib.config import RunConfig, flat_fields
+from newllm_lib.errors import ConfigError
 
 
 @click.command(cls=Sectioned)
@@ -83,7 +84,7 @@ def config_of(preset: str, overrides: dict[str, Any]) -> RunConfig:
     """The configuration of a preset with overrides; a mistake in either is wrong usage (exit status 2)."""
     try:
         return presets.get(preset).replace(**overrides)
-    except ValueError as error:
+    except ConfigError as error:
         raise click.UsageError(str(error)) from error
 
 

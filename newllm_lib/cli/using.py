@@ -73,7 +73,7 @@ def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **opti
         _converse(Writer(model, tokenizer), tokenizer, _generator(seed), options)
         return
     if file:
-        prompts += tuple(line.rstrip("\n") for line in file)
+        prompts += _lines(file)
         if not prompts:
             raise click.UsageError(f"--prompts {file.name}: holds no prompt")
     _warn_unknown(tokenizer, prompts)
@@ -82,6 +82,13 @@ def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **opti
         click.echo(json.dumps([text._asdict() for text in texts], ensure_ascii=False, indent=2))
     else:
         click.echo("\n\n".join(text.prompt + text.text for text in texts))
+
+
+def _lines(file) -> tuple[str, ...]:
+    try:
+        return tuple(line.rstrip("\n") for line in file)
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--prompts {file.name}: not UTF-8 ({error})") from error
 
 
 _BATCH = 256

@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from newllm_lib.files import write_text_atomic
+from newllm_lib.errors import ConfigError, FileError
+from newllm_lib.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.mirror import Safety
 from newllm_lib.progress import in_kernel
 
@@ -61,16 +62,18 @@ def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:
 
     Off, it does and asks nothing. On, it mounts Drive, which asks for permission unless it is mounted already; where
     that fails, for whatever reason or because it is interrupted, a red note says why, and the work goes on on this
-    machine alone. ValueError when `folder` is no path such as MyDrive/newllm.
+    machine alone. ConfigError when `folder` is no path such as MyDrive/newllm.
     """
     if not use_drive:
         return Storage(None)
     parts = PurePosixPath(folder).parts
     if parts[:1] not in (("MyDrive",), ("Shareddrives",)) or len(parts) < 2 or ".." in parts:
-        raise ValueError(f"folder = {folder!r}: must be a folder below MyDrive or Shareddrives, such as {DRIVE_FOLDER}")
+        raise ConfigError(
+            f"folder = {folder!r}: must be a folder below MyDrive or Shareddrives, such as {DRIVE_FOLDER}"
+        )
     try:
         place = _mounted() / folder
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
         _check_writing(place)
     except KeyboardInterrupt:
         _not_used("the mounting was interrupted", "To use Drive, run this cell again and allow the access.")
@@ -94,7 +97,7 @@ def _mounted() -> Path:
 
     drive.mount(str(MOUNT_POINT))
     if not os.path.ismount(MOUNT_POINT):  # a folder of that name would take everything, and be no Drive
-        raise OSError(f"{MOUNT_POINT} is a folder of this machine, not a mounted Drive; move it away")
+        raise FileError(f"{MOUNT_POINT} is a folder of this machine, not a mounted Drive; move it away")
     return MOUNT_POINT
 
 
@@ -127,10 +130,11 @@ def flush_drive(minutes: float = 10) -> bool:
 def offer_download(path: str | Path) -> None:
     """Offer a file for download: by the browser on Colab, as a link in other notebooks; and say where it lies.
 
-    FileNotFoundError when there is no such file. A download that fails is said, not raised.
+    FileMissingError when there is no such file. A download that fails is said, not raised.
     """
     path = Path(path)
-    size = path.stat().st_size
+    with file_errors(path):
+        size = path.stat().st_size
     print(f"{path.resolve()} ({size / 2**20:.1f} MiB)")
     if in_colab():
         _download_from_colab(path, size)

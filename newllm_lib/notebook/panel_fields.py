@@ -10,6 +10,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from newllm_lib.config import FlatField
+from newllm_lib.errors import ConfigError
 from newllm_lib.notation import parse, shown
 from newllm_lib.settings import allowed_types
 
@@ -241,7 +242,7 @@ def read(item: FlatField, text: str) -> Any:
         return tuple(part.strip() for part in text.split(";") if part.strip())
     try:
         return parse(item, text)
-    except ValueError:
+    except ConfigError:
         return text
 
 

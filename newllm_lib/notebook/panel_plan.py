@@ -12,6 +12,7 @@ from newllm_lib import presets
 from newllm_lib.checkpoint import Checkpoints
 from newllm_lib.config import RunConfig
 from newllm_lib.earlier import checkpoints_gone, decisions, earlier_record, run_folder
+from newllm_lib.errors import NewLLMError
 from newllm_lib.mirror import Mirror
 from newllm_lib.mirror.copies import of_another_run
 from newllm_lib.notebook.panel_fields import ORANGE, PILL, RED
@@ -83,7 +84,7 @@ class Planner:
             self._text.splits.clear()
 
     def plan(self, config: RunConfig, measure: bool = False, anew: bool = False) -> Plan:
-        """Every decision of a run; ValueError or OSError where training would raise it, in the same words."""
+        """Every decision of a run; NewLLMError where training would raise it, in the same words."""
         text = self._read(config)
         setup = make_setup(config, prepared=text)
         folder, record, decided, stop = run_folder(setup), {}, {}, ""
@@ -96,7 +97,7 @@ class Planner:
                 stop = refusal_of(setup, folder, record, copy)
             decided = decisions(record, setup.identity)
             setup = make_setup(config, decided, text) if decided else setup
-        except ValueError as error:  # of that run: another folder would do
+        except NewLLMError as error:  # of that run: another folder would do
             stop = str(error)
         setup = _in_pieces(setup, decided)
         return Plan(setup, folder, record, stop, estimate_speed(setup, measure=measure, anew=anew))
