@@ -31,7 +31,7 @@ from newllm_lib.errors import (
     NewerCheckpointError,
     NoModelError,  # noqa: F401 (for those who know it from here)
 )
-from newllm_lib.files import copy_atomic, make_folder, sha256_of, write_atomic, write_text_atomic
+from newllm_lib.files import copy_atomic, make_folder, read_json, sha256_of, write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
 from newllm_lib.settings import build
 from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
@@ -141,7 +141,7 @@ def _record(path: Path, entries: list[dict[str, Any]]) -> None:
 def _recorded(path: Path) -> list[dict[str, Any]]:
     """The contents that the sidecar names, the newest first; empty without a readable sidecar."""
     try:
-        entries = json.loads(sidecar(path).read_text(encoding="utf-8"))["contents"]
+        entries = read_json(sidecar(path))["contents"]
         return [entry for entry in entries if {"sha256", "step", "bytes"} <= set(entry)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -356,8 +356,8 @@ def tokenizer_text(tokenizer: Tokenizer) -> str:
 def load_exported(folder: Path) -> tuple[NewLLM, Tokenizer]:
     """Model and tokenizer of a folder that `export_model` wrote; CheckpointError names what is wrong with it."""
     try:
-        config = build(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        tokenizer = tokenizer_from_dict(json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8")))
+        config = build(ModelConfig, read_json(folder / "config.json"))
+        tokenizer = tokenizer_from_dict(read_json(folder / TOKENIZER_FILE))
         tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a model folder that can be read ({error})") from error

@@ -92,8 +92,15 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def read_history(folder: Path):
-    """history.csv as a DataFrame; errors as of `read_table`."""
-    return read_table(folder / "history.csv")
+    """history.csv as a DataFrame; errors as of `read_table`, and RunError where it is another table."""
+    from pandas.api.types import is_numeric_dtype
+
+    found = read_table(folder / "history.csv")
+    missing = [name for name in ("step", "epoch", "val_loss", "val_ppl") if name not in found]
+    wrong = [name for name in HISTORY_COLUMNS if name in found and not is_numeric_dtype(found[name])]
+    if missing or wrong:
+        raise RunError(f"{folder / 'history.csv'}: damaged, no numbers in the columns {', '.join(missing + wrong)}")
+    return found
 
 
 def read_table(path: Path):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from newllm_lib import report
-from newllm_lib.card import model_card
+from newllm_lib.card import card_of, model_card
 from newllm_lib.checkpoint import Checkpoints, export_model, load_checkpoint, load_exported, sidecar
 from newllm_lib.errors import BundleError, FileTakenError, NewLLMError, RunError
 from newllm_lib.files import file_errors, make_folder, write_atomic, write_text_atomic
@@ -99,7 +99,7 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     files = {name: run.folder / name for name in (*_REQUIRED, *_OPTIONAL) if (run.folder / name).is_file()}
     if checkpoint:
         files |= _newest_checkpoint(run)
-    card = model_card(run.record, run.config.model).encode()
+    card = card_of(run.folder, run.config.model).encode()
     contents = {name: path.stat().st_size for name, path in files.items()}
     manifest: dict[str, Any] = {"format_version": BUNDLE_VERSION, "run": run.folder.name, "files": {}}
 

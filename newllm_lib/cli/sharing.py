@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -37,13 +38,13 @@ def bundle(run: str, out: Path | None, checkpoint: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--name", default=None, help="Folder of the run (default: the name it had).")
 @click.option("--results-dir", default="results", show_default=True, help="Where runs lie.")
-@click.option(
-    "--max-gib", type=click.FloatRange(0, 1e6), default=8.0, show_default=True, help="Most that may be unpacked (GiB)."
-)
+@click.option("--max-gib", default=8.0, show_default=True, help="Most that may be unpacked (GiB).")
 def open_(bundle: Path, name: str | None, results_dir: str, max_gib: float) -> None:
     """Verify BUNDLE (every hash, name and size) and unpack it as a run."""
     from newllm_lib import sharing
 
+    if not math.isfinite(max_gib):
+        raise click.UsageError(f"--max-gib {max_gib}: must be a number of GiB")
     run = sharing.open_bundle(bundle, results_dir, name, max_bytes=int(max_gib * 2**30))
     best = f", best PPL {run.best['val_ppl']:.2f}" if run.best else ""
     click.echo(f"{run.folder}: verified; {run.record['status']}{best}")

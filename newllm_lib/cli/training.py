@@ -102,7 +102,7 @@ def _print_run(run, as_json: bool) -> None:
         click.echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
     if run.best is None:
         return
-    best = next(row for row in rows if row["step"] == run.best["step"])
+    best = next((row for row in rows if row["step"] == run.best["step"]), run.best)
     click.echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}")
     if run.record["published_protocol"]:
         for level, title, row in report.milestones(rows):

@@ -26,7 +26,7 @@ from newllm_lib.checkpoint import (
     verified_entry,
 )
 from newllm_lib.errors import ChangedError, CheckpointError, FileMissingError
-from newllm_lib.files import copy_atomic, make_folder, sha256_of, write_text_atomic
+from newllm_lib.files import copy_atomic, make_folder, read_json, sha256_of, write_text_atomic
 
 MANIFEST = "MIRROR.json"
 FORMAT_VERSION = 1
@@ -97,7 +97,7 @@ class RunCopy:
     def _read_manifest(self, tell: Callable[[str], None]) -> dict[str, Any]:
         path = self.place / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             version, files = int(manifest["format_version"]), manifest["files"]
             sound = all(_NAME.fullmatch(name) and _sound(name, entries) for name, entries in files.items())
             sound = sound and isinstance(manifest["identity"], str) and isinstance(manifest["time"], float)

@@ -247,6 +247,7 @@ def run_bench(
     unknown = sorted(set(parts) - {*PARTS, INFERENCE})
     if unknown:
         raise ConfigError(f"unknown part {unknown[0]!r}: must be one of {', '.join((*PARTS, INFERENCE))}")
+    make_folder(folder)  # before minutes of measuring
     rows = []
     for part in [part for part in parts if part != INFERENCE]:
         report(f"part {part}: {len(PARTS[part])} cases")
@@ -258,7 +259,6 @@ def run_bench(
     result = {"environment": environment(detect()), "data": data, "rounds": rounds, "rows": rows}
     if INFERENCE in parts:
         result[INFERENCE] = measure_inference(rounds, report)
-    make_folder(folder)
     write_text_atomic(folder / "bench.json", json.dumps(result, indent=2) + "\n")
     write_text_atomic(folder / "bench.md", table_text(result))
     if set(parts) & set(GROWTH):
