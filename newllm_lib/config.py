@@ -199,6 +199,12 @@ class TrainConfig(Checked):
         object.__setattr__(self, "clip_by_epoch", pairs)  # whole norms as floats: equal settings, equal identities
 
 
+def _is_folder_name(name: str) -> bool:
+    """Whether every system takes a name for a folder, and every file and picture can show it."""
+    characters = not any(character in '/\\:*?"<>|' or "\ud800" <= character <= "\udfff" for character in name)
+    return bool(name) and not name.startswith(".") and characters
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Checked):
     """A whole run: which model, on which data, by which recipe, kept where."""
@@ -220,7 +226,7 @@ class RunConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.name is not None and (not self.name or self.name.startswith(".") or set(self.name) & set('/\\:*?"<>|')):
+        if self.name is not None and not _is_folder_name(self.name):
             raise ConfigError(
                 f'RunConfig.name = {self.name!r}: must be a plain folder name, without / \\ : * ? " < > | '
                 "and not starting with a dot"

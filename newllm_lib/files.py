@@ -118,8 +118,8 @@ def write_atomic(
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """`write_atomic` for text, as UTF-8."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """`write_atomic` for text, as UTF-8; bytes of a file's name that are no character become escapes."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -97,7 +97,7 @@ def read_history(folder: Path):
 
     found = read_table(folder / "history.csv")
     missing = [name for name in ("step", "epoch", "val_loss", "val_ppl") if name not in found]
-    wrong = [name for name in HISTORY_COLUMNS if name in found and not is_numeric_dtype(found[name])]
+    wrong = [name for name in HISTORY_COLUMNS if name in found and len(found) and not is_numeric_dtype(found[name])]
     if missing or wrong:
         raise RunError(f"{folder / 'history.csv'}: damaged, no numbers in the columns {', '.join(missing + wrong)}")
     return found

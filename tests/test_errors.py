@@ -423,10 +423,10 @@ def test_the_traceback_behind_a_message_can_be_asked_for(newllm, monkeypatch):
 
 # --- damaged files ----------------------------------------------------------------------------------------------
 
-LISTS = [["compare", RUN], ["continue"], ["continue", RUN, "--max-steps", "4", "--plan"]]
+LISTS = [["compare", RUN], ["continue"]]
 LOADERS = [["generate", RUN, "--tokens", "2"], ["bundle", RUN], ["open", f"{RUN}.zip", "--name", "small"]]
 READERS = {
-    "run.json": LISTS + LOADERS,
+    "run.json": [*LISTS, *LOADERS, ["continue", RUN, "--max-steps", "4", "--plan"]],
     "history.csv": LISTS + LOADERS,
     "model/config.json": LOADERS,
     "model/tokenizer.json": LOADERS,
@@ -524,6 +524,21 @@ def test_a_value_that_cannot_be_is_one_line(newllm, case):
     Path("latin1").write_bytes("n\u00e9\n".encode("latin1") * 20)
     Path("blanks").write_bytes(b" \n\n")
     assert_one_line(newllm(*VALUES[case]))
+
+
+def test_bytes_that_are_no_character_are_no_bug(newllm):
+    assert_one_line(newllm("generate", RUN, "--prompt", "w1 \udcff"), r"'w1 \udcff': not UTF-8")
+    shutil.copyfile("text/train.txt", "caf\udce9.txt")
+    assert_one_line(
+        newllm("train", "quickstart", *TINY, "--name", "\udcff"), r"RunConfig.name = '\udcff': must be a plain"
+    )
+    trained = newllm("train", "quickstart", *SMALL, "--data", "caf\udce9.txt", "--name", "new")
+    assert trained.exit_code == 0, trained.output
+    assert r"caf\udce9" in Path("results/new/report.md").read_text()
+    plan = newllm("train", "quickstart", *SMALL, "--data", "caf\udce9.txt", "--name", "new", "--plan")
+    assert r"caf\udce9" in plan.stdout
+    spoken = CliRunner().invoke(main, ["generate", RUN, "--interactive"], input=b"\xff\n")
+    assert_one_line(spoken, "the input is not UTF-8")
 
 
 def test_a_full_disk_under_the_cache_of_the_hub_is_no_lack_of_network(monkeypatch):

@@ -6,7 +6,9 @@ Results go to standard output, progress and messages to standard error. Exit sta
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Any
 
 import click
@@ -20,6 +22,8 @@ class Messages(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what is no character
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except (NewLLMError, MemoryError) as error:

@@ -76,12 +76,19 @@ def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **opti
         prompts += _lines(file)
         if not prompts:
             raise click.UsageError(f"--prompts {file.name}: holds no prompt")
+    if wrong := [prompt for prompt in prompts if _surrogates(prompt)]:
+        raise click.UsageError(f"prompt {wrong[0]!r}: not UTF-8")
     _warn_unknown(tokenizer, prompts)
     texts = _texts(model, tokenizer, [prompt for prompt in prompts or ("",) for _ in range(samples)], seed, options)
     if as_json:
         click.echo(json.dumps([text._asdict() for text in texts], ensure_ascii=False, indent=2))
     else:
         click.echo("\n\n".join(text.prompt + text.text for text in texts))
+
+
+def _surrogates(text: str) -> bool:
+    """Whether a text holds what Python makes of bytes that are not UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _lines(file) -> tuple[str, ...]:
@@ -114,6 +121,8 @@ def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
         except (EOFError, KeyboardInterrupt):
             click.echo(err=True)
             return
+        except UnicodeDecodeError as error:
+            raise click.ClickException(f"the input is not UTF-8 ({error})") from error
         if line.strip() == "/new":
             writer.reset()
             continue

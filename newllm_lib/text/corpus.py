@@ -102,7 +102,7 @@ def _from_folder(folder: Path, unit: str) -> Corpus:
                 f"data {folder}: no {split} split. Name it {example} (or wiki.{example[:5]}.tokens, .raw); the folder "
                 f'holds {there}. For loose text files give a pattern instead: --data "{folder}/*.txt"'
             )
-    return Corpus(folder.resolve().name, {split: read_texts(path, unit) for split, path in files.items()})
+    return Corpus(_shown(folder.resolve().name), {split: read_texts(path, unit) for split, path in files.items()})
 
 
 def _split_of(path: Path) -> str | None:
@@ -138,7 +138,12 @@ def _from_files(paths: list[Path], config: DataConfig) -> Corpus:
                 f"a {split} split of their own; give more text, or a folder with train.txt and valid.txt"
             )
     name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}+{len(paths) - 1}"
-    return Corpus(name, splits)
+    return Corpus(_shown(name), splits)
+
+
+def _shown(name: str) -> str:
+    """A file's name as text: bytes in it that are not UTF-8 become escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def split_texts(
