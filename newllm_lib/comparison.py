@@ -173,6 +173,8 @@ def _read(folder: Path, label: str) -> Entry:
         rows = report.read_history(folder).astype({"step": float, "val_ppl": float}) if begun else None
         rows = [] if rows is None else rows.reindex(columns=report.HISTORY_COLUMNS).astype(float).to_dict("records")
         return _run(folder, label, record, rows)
+    except RunError:
+        raise
     except (FileMissingError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{folder}: run.json or history.csv is damaged: not what a run writes ({error!r})") from error
 

@@ -36,8 +36,9 @@ HISTORY_COLUMNS = (
 
 _REQUIRED = {"run": str, "status": str, "config": dict, "decided": dict, "best": dict | None}
 _OPTIONAL = {
-    "identity": str | None, "requested": dict | None, "data": dict, "validation": dict, "environment": dict,
-    "commands": list, "plan": list, "samples": list, "step": int | None, "decay_steps": int | None,
+    "identity": str | None, "requested": dict | None, "data": dict | None, "validation": dict | None,
+    "environment": dict | None, "commands": list | None, "plan": list | None, "samples": list | None,
+    "step": int | None, "decay_steps": int | None,
 }  # fmt: skip
 _BEST = dict.fromkeys(("step", "epoch", "val_loss", "val_ppl", "val_accuracy"), int | float | None)
 """The types of what is read of run.json, by name; older records lack some of the optional ones."""

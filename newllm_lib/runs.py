@@ -337,7 +337,7 @@ def _load_model(place: str | Path) -> Loaded:
             check_validated(run)
         return _from_checkpoint(best)
     model, tokenizer = load_exported(path / "model")
-    return Loaded(model.eval(), tokenizer, run.config, run.record.get("data", {}).get("fingerprint"))
+    return Loaded(model.eval(), tokenizer, run.config, (run.record.get("data") or {}).get("fingerprint"))
 
 
 def check_validated(run: Run) -> None:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from newllm_lib.errors import ConfigError, FileError
+from newllm_lib.errors import ConfigError, FileError, NewLLMError
 from newllm_lib.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.mirror import Safety
 from newllm_lib.progress import in_kernel
@@ -172,6 +172,8 @@ def _not_used(reason: str, remedy: str) -> None:
 
 
 def _named(error: Exception) -> str:
+    if isinstance(error, NewLLMError):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
