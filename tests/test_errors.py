@@ -54,7 +54,6 @@ BASES = {
 def test_every_exception_has_our_base_and_the_one_of_before():
     assert {*BASES, "NewLLMError"} == set(errors.__all__)
     for name, base in BASES.items():
-        assert issubclass(getattr(errors, name), (errors.NewLLMError, base))
         assert issubclass(getattr(errors, name), errors.NewLLMError), name
         assert issubclass(getattr(errors, name), base), name
         assert getattr(nl, name) is getattr(errors, name)
@@ -362,7 +361,7 @@ DENIED = {
     f"{RUN}/run.json": [["evaluate", RUN], ["compare", RUN], ["bundle", RUN], ["continue", RUN]],
     "data text/valid.txt": [["train", "quickstart", *TINY], ["evaluate", f"{RUN}/model", "--data", "text"]],
     "closed": [["evaluate", "closed/run"], ["open", "closed/run.zip"], ["train", "quickstart", "--data", "closed"]],
-    "out": [["export", f"{RUN}/model", "out"], ["compare", "results/small", "--out", "out"]][:1],
+    "out": [["export", f"{RUN}/model", "out"]],
 }
 
 
@@ -436,8 +435,9 @@ READERS = {
 }
 """The commands that read each file of a run."""
 GARBAGE = {
-    "empty": b"", "not UTF-8": b"\xff\xfe\xfa", "not JSON": b"{", "a list": b"[]", "a number": b"7", "NUL": bytes(99),
-    "deep": b"[" * 100_000, "a zip's start": b"PK\x03\x04" + bytes(60), "an object": b'{"kind": 3, "words": [3]}',
+    "empty": b"", "a table": b"a,b\n1,x\n", "not UTF-8": b"\xff\xfe\xfa", "not JSON": b"{", "a list": b"[]",
+    "a number": b"7", "NUL": bytes(99), "deep": b"[" * 100_000, "a zip's start": b"PK\x03\x04" + bytes(60),
+    "an object": b'{"kind": 3, "words": [3]}',
 }  # fmt: skip
 
 
