@@ -51,6 +51,13 @@ _HOMES = {
     "find_run": "continuing",
     "side_by_side": "gathering",
 }
+_ERRORS = (
+    "NewLLMError", "ConfigError", "DataError", "RunError", "TrainingError", "PartialUpdateError",
+    "MissingPackageError", "CheckpointError", "NewerCheckpointError", "NoModelError", "BundleError", "ChangedError",
+    "FileError", "FileMissingError", "FileTakenError", "FilePermissionError", "NotAFileError", "NotAFolderError",
+    "NetworkError", "DownloadError",
+)  # fmt: skip
+_HOMES |= dict.fromkeys(_ERRORS, "errors")
 _MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware", "probe")
 
 __all__ = list(_HOMES) + list(_MODULES)

@@ -10,25 +10,27 @@ from typing import Any
 
 from newllm_lib import report
 from newllm_lib.checkpoint import (
-    CheckpointError,
     Checkpoints,
+    check_payload,
     copy_checkpoint,
     export_model,
     load_checkpoint,
     valid_step,
 )
 from newllm_lib.config import RunConfig
-from newllm_lib.files import sha256_of
+from newllm_lib.errors import BundleError, CheckpointError, FileMissingError, FileTakenError, NewLLMError
+from newllm_lib.files import file_errors, make_folder, sha256_of
 from newllm_lib.hardware import detect, environment
 from newllm_lib.importing import read_old
 from newllm_lib.portable import last_part, received_config
 from newllm_lib.progress import warn_on_stderr
 from newllm_lib.runs import Run, load_model
-from newllm_lib.sharing import MANIFEST, BundleError, folder_name, open_bundle
+from newllm_lib.sharing import MANIFEST, ZIP_ERRORS, folder_name, open_bundle
 
 _OF_THE_OTHER_MACHINE = ("device", "device_name", "capability", "threads", "usable_memory_bytes")
 
 
+@file_errors()
 def adopt(path: str | Path, results_dir: str | Path = "results", name: str | None = None) -> Run:
     """Put a file's training state into the folder of a run, `results_dir/<its run>` (or `name`), and return the run.
 
@@ -36,13 +38,13 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
     with it. A run that is there already keeps what it has, and is brought up to the state where that is newer. A file
     without the run's best weights leaves its own in model/, which is said, and in the record as "model_step".
 
-    CheckpointError or BundleError when the file cannot be continued; FileExistsError where the folder holds another
+    CheckpointError or BundleError when the file cannot be continued; FileTakenError where the folder holds another
     run. Then nothing is changed.
     """
     path, results = Path(path), Path(results_dir)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    results.mkdir(parents=True, exist_ok=True)
+        raise FileMissingError(f"{path}: no such file")
+    make_folder(results)
     if not _is_bundle(path):
         payload = _load(path)
         return _place(path, payload, results / folder_name(name or payload["run"], path))
@@ -56,7 +58,7 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
             )
         folder = results / folder_name(name or opened.folder.name, path)
         if folder.exists():
-            return _place(*found, folder, opened)
+            return _place(found[0], check_payload(found[1], found[0]), folder, opened)
         opened.folder.rename(folder)
     return Run(folder)
 
@@ -65,18 +67,21 @@ def _is_bundle(path: Path) -> bool:
     """A checkpoint is a zip file too."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return MANIFEST in archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return MANIFEST in archive.namelist()
+    except ZIP_ERRORS:
+        return False
 
 
 def _load(path: Path) -> dict[str, Any]:
     """The payload of a checkpoint; CheckpointError says more where it is one of the series' old files."""
     try:
-        return load_checkpoint(path, lambda text: None)
+        return check_payload(load_checkpoint(path, lambda text: None), path)
     except CheckpointError as error:
         try:
             read_old(path)
-        except ValueError:
+        except NewLLMError:
             raise error from None
         raise CheckpointError(
             f"{path}: a file of the published series: it has weights and histories, but no state of the optimizer or "
@@ -115,7 +120,8 @@ def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, 
     if valid_step(checkpoints.best) == state["best_step"]:
         source, opened = checkpoints.best, None
     if opened:
-        shutil.copytree(opened.folder / "model", target, dirs_exist_ok=True)
+        with file_errors(target, f"cannot write {target}"):
+            shutil.copytree(opened.folder / "model", target, dirs_exist_ok=True)
         return opened.record.get("model_step")
     loaded = load_model(source)
     export_model(target, loaded.model, loaded.tokenizer)
@@ -129,14 +135,14 @@ def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, 
 
 
 def check_same_run(folder: Path, identity: str) -> None:
-    """FileExistsError where a folder holds another run than that of an identity."""
+    """FileTakenError where a folder holds another run than that of an identity."""
     if (folder / "run.json").exists():
         found = report.read_record(folder).get("identity")
     else:
         newest = Checkpoints(folder / "checkpoints", folder.name).newest_valid(warn_on_stderr)
-        found = newest[1]["identity"] if newest else identity
+        found = newest[1].get("identity") if newest else identity
     if found != identity:
-        raise FileExistsError(
+        raise FileTakenError(
             f"{folder}: is there already, and is another run: give another name or results_dir, or rename that folder"
         )
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from newllm_lib import report
 from newllm_lib.config import ModelConfig
-from newllm_lib.formatting import markdown_code, markdown_text
+from newllm_lib.escaping import markdown_code, markdown_text
 from newllm_lib.portable import portable
 
 _HUB_DATASETS = {"wikitext-2": "Salesforce/wikitext", "wikitext-103": "Salesforce/wikitext"}
+
+
+def card_of(folder: Path, config: ModelConfig) -> str:
+    """The card of a run or of a model folder: made from its record, as it lies there, or a plain one.
+
+    RunError where the record is damaged.
+    """
+    if not (folder / "run.json").is_file():
+        kept = folder / "README.md"
+        return kept.read_text("utf-8", errors="replace") if kept.is_file() else model_card(None, config)
+    record = report.read_record(folder)
+    with report.damaged_record(folder):
+        return model_card(record, config)
 
 
 def model_card(record: dict[str, Any] | None, config: ModelConfig) -> str:

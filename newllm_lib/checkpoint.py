@@ -23,9 +23,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from newllm_lib.config import ModelConfig
-from newllm_lib.files import copy_atomic, sha256_of, write_atomic, write_text_atomic
-from newllm_lib.formatting import terminal_text
+from newllm_lib.config import ModelConfig, RunConfig
+from newllm_lib.errors import CheckpointError, ConfigError, DataError, NewerCheckpointError
+from newllm_lib.files import copy_atomic, make_folder, read_json, sha256_of, write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
 from newllm_lib.settings import build
 from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
@@ -33,27 +33,6 @@ from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 """Version of the payload; a reader refuses newer ones and reads all older ones."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, newer than this library, not a checkpoint, or of another run."""
-
-
-class NewerCheckpointError(CheckpointError):
-    """A checkpoint of a later version: intact, and so never passed over."""
-
-
-class NoModelError(CheckpointError):
-    """A run that has no best model yet."""
-
-    def __init__(self, folder: Path, why: str = "no validation is behind this run yet"):
-        super().__init__(
-            f"{folder}: {why}, so there is no model: train it on (the same call; in a notebook that cell again)"
-        )
-
-    def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the message alone, in red."""
-        return [f"\x1b[31m{terminal_text(self)}\x1b[0m"]
 
 
 @dataclass(frozen=True)
@@ -136,12 +115,12 @@ def sidecar(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any], step: int) -> None:
-    """Write a payload of tensors and plain values; OSError names the path and leaves the old file intact."""
+    """Write a payload of tensors and plain values; FileError names the path and leaves the old file intact."""
     buffer = io.BytesIO()
     torch.save({"format_version": FORMAT_VERSION, **payload}, buffer)
     data = buffer.getbuffer()
     entry = {"sha256": hashlib.sha256(data).hexdigest(), "step": step, "bytes": len(data)}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     previous = _current(path)
     _record(path, [entry, *previous])
     write_atomic(path, lambda file: file.write(data))
@@ -156,7 +135,7 @@ def _record(path: Path, entries: list[dict[str, Any]]) -> None:
 def _recorded(path: Path) -> list[dict[str, Any]]:
     """The contents that the sidecar names, the newest first; empty without a readable sidecar."""
     try:
-        entries = json.loads(sidecar(path).read_text(encoding="utf-8"))["contents"]
+        entries = read_json(sidecar(path))["contents"]
         return [entry for entry in entries if {"sha256", "step", "bytes"} <= set(entry)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -229,9 +208,9 @@ def copy_checkpoint(
 ) -> None:
     """Copy a checkpoint with the record of its content, as `verified_entry` gives it; until then the old one stands.
 
-    `alive`, ChangedError and OSError as for `copy_atomic`.
+    `alive`, ChangedError and FileError as for `copy_atomic`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     previous = _current(target)
     _record(target, [entry, *previous])
     copy_atomic(source, target, entry["sha256"], alive)
@@ -265,9 +244,11 @@ def _read(data: bytes, path: Path) -> dict[str, Any]:
         payload = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: it holds more than tensors and plain values") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises a dozen unrelated classes for bytes that make no sense
         raise CheckpointError(f"{path}: not a readable checkpoint ({len(data)} bytes)") from error
-    if not isinstance(payload, dict) or "format_version" not in payload:
+    if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
         raise CheckpointError(f"{path}: not a checkpoint of newllm_lib")
     if payload["format_version"] > FORMAT_VERSION:
         raise NewerCheckpointError(
@@ -276,9 +257,38 @@ def _read(data: bytes, path: Path) -> dict[str, Any]:
     return payload
 
 
+_PARTS = {"model": dict, "config": dict, "tokenizer": dict, "state": dict, "identity": str, "data_fingerprint": str}
+"""What a run's checkpoint holds at least."""
+
+
+def check_payload(payload: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The payload itself; CheckpointError where it lacks a part of what a run's has."""
+    missing = [name for name, kind in _PARTS.items() if not isinstance(payload.get(name), kind)]
+    if missing:
+        raise CheckpointError(f"{path}: not the checkpoint of a run: {', '.join(missing)} missing or damaged")
+    return payload
+
+
+def load_trained(path: Path, warn: Callable[[str], None]) -> tuple[NewLLM, Tokenizer, RunConfig, str]:
+    """The model of a run's checkpoint, its tokenizer, its configuration, and the sha256 of its text.
+
+    CheckpointError as of `load_checkpoint`, and where a part is missing or cannot be used.
+    """
+    payload = check_payload(load_checkpoint(path, warn), path)
+    try:
+        config, tokenizer = RunConfig.from_dict(payload["config"]), tokenizer_from_dict(payload["tokenizer"])
+    except (ConfigError, DataError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: its configuration or tokenizer cannot be read ({error})") from error
+    model = NewLLM(config.model)
+    load_weights(model, payload, path)
+    return model, tokenizer, config, payload["data_fingerprint"]
+
+
 def load_weights(model: NewLLM, payload: dict[str, Any], path: Path) -> None:
     """Put a payload's weights into a model; CheckpointError lists both shapes and leaves the model untouched."""
     wanted, found = model.state_dict(), payload["model"]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise CheckpointError(f"{path}: its weights are damaged: not all of them are tensors")
     differing = [
         f"{name}: file {_shape(found.get(name))}, model {_shape(wanted.get(name))}"
         for name in sorted(wanted.keys() | found.keys())
@@ -325,7 +335,7 @@ def export_model(folder: Path, model: NewLLM, tokenizer: Tokenizer, dtype: torch
 
     dtype: the type of the stored weights (None = their own); readers bring them back to FP32.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
     write_text_atomic(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
@@ -340,10 +350,10 @@ def tokenizer_text(tokenizer: Tokenizer) -> str:
 def load_exported(folder: Path) -> tuple[NewLLM, Tokenizer]:
     """Model and tokenizer of a folder that `export_model` wrote; CheckpointError names what is wrong with it."""
     try:
-        config = build(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        tokenizer = tokenizer_from_dict(json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8")))
+        config = build(ModelConfig, read_json(folder / "config.json"))
+        tokenizer = tokenizer_from_dict(read_json(folder / TOKENIZER_FILE))
         tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a model folder that can be read ({error})") from error
     check_vocabulary(config, tokenizer, folder)
     model = NewLLM(config)

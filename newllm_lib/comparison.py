@@ -15,8 +15,9 @@ from typing import Any
 from newllm_lib import published as series
 from newllm_lib import report
 from newllm_lib.config import ModelConfig, TrainConfig, flat_fields
-from newllm_lib.files import write_atomic, write_text_atomic
-from newllm_lib.formatting import csv_text, markdown_list, markdown_text, plot_text, text_table
+from newllm_lib.errors import ConfigError, FileMissingError, RunError
+from newllm_lib.escaping import csv_text, markdown_list, markdown_text, plot_text, text_table
+from newllm_lib.files import file_errors, make_folder, write_atomic, write_text_atomic
 
 PUBLISHED_SEQUENCES, PUBLISHED_TOKENS = 51_026, 2_748_486
 """Training sequences, and real targets in them, of one epoch of the published protocol."""
@@ -135,7 +136,7 @@ def compare(runs, *, published: bool = True, out: str | Path | None = None):
     runs: folders, or objects with a `.folder`; at least one. Perplexities are ranked (`rank`, 1 = best) only within a
     `group`; `.attrs["notes"]` says why groups do not compare, `.attrs["text"]` is what one reads. `out`: a folder for
     comparison.md, .csv, .json and .png.
-    FileNotFoundError or ValueError names a folder that holds no run or a damaged one.
+    FileMissingError or RunError names a folder that holds no run or a damaged one.
     """
     comparison = collect(runs, published=published)
     if out is not None:
@@ -143,12 +144,13 @@ def compare(runs, *, published: bool = True, out: str | Path | None = None):
     return comparison.frame()
 
 
+@file_errors()
 def collect(runs, *, published: bool = True) -> Comparison:
     """What `compare` shows; see there."""
     runs = [runs] if isinstance(runs, (str, Path)) or hasattr(runs, "folder") else runs
     folders = list({(path := Path(getattr(run, "folder", run))).resolve(): path for run in runs}.values())
     if not folders:
-        raise ValueError("compare() needs at least one run")
+        raise ConfigError("compare() needs at least one run")
     names = [folder.resolve().name for folder in folders]
     entries = [_read(path, n if names.count(n) == 1 else str(path)) for path, n in zip(folders, names, strict=True)]
     notes = []
@@ -170,8 +172,10 @@ def _read(folder: Path, label: str) -> Entry:
         rows = report.read_history(folder).astype({"step": float, "val_ppl": float}) if begun else None
         rows = [] if rows is None else rows.reindex(columns=report.HISTORY_COLUMNS).astype(float).to_dict("records")
         return _run(folder, label, record, rows)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: run.json or history.csv is damaged: not what a run writes ({error!r})") from error
+    except RunError:
+        raise
+    except (FileMissingError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder}: run.json or history.csv is damaged: not what a run writes ({error!r})") from error
 
 
 def _run(folder: Path, label: str, record: dict[str, Any], rows: list[dict[str, float]]) -> Entry:
@@ -277,7 +281,7 @@ def _group_notes(entries: list[Entry], groups: dict[str, Scored]) -> list[str]:
 
 def write(comparison: Comparison, folder: Path) -> None:
     """comparison.md, .csv, .json and .png, each whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     image, options = picture(comparison), {"format": "png", "dpi": 110, "metadata": {"Software": None}}
     write_atomic(folder / "comparison.png", lambda file: image.savefig(file, **options))
     write_text_atomic(folder / "comparison.json", comparison.to_json())

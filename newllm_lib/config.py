@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from newllm_lib.errors import ConfigError
 from newllm_lib.settings import Checked, build, field_docs, field_types, setting
 
 SPECIAL_TOKENS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
@@ -99,7 +100,7 @@ class DataConfig(Checked):
         super().__post_init__()
         sources = self.data if isinstance(self.data, tuple) else (self.data,)
         if not sources or not all(isinstance(source, str) and source for source in sources):
-            raise ValueError(f"DataConfig.data = {self.data!r}: must be a corpus, a folder, or one or more text files")
+            raise ConfigError(f"DataConfig.data = {self.data!r}: must be a corpus, a folder, or one or more text files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ class TrainConfig(Checked):
     def __post_init__(self):
         super().__post_init__()
         if self.epochs is None and self.max_steps is None:
-            raise ValueError("TrainConfig.epochs = None and TrainConfig.max_steps = None: give at least one of them")
+            raise ConfigError("TrainConfig.epochs = None and TrainConfig.max_steps = None: give at least one of them")
         self._check_clip()
 
     def _check_clip(self):
@@ -194,11 +195,17 @@ class TrainConfig(Checked):
             or epochs != sorted(set(epochs))
             or not all(0 < norm < math.inf for _, norm in pairs)
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"TrainConfig.clip_by_epoch = {self.clip_by_epoch!r}: must be (epoch, norm) pairs with rising epochs, "
                 "the first 0, and norms above 0, for example ((0, 0.5), (10, 1.0))"
             )
         object.__setattr__(self, "clip_by_epoch", pairs)  # whole norms as floats: equal settings, equal identities
+
+
+def _is_folder_name(name: str) -> bool:
+    """Whether every system takes a name for a folder, and every file and picture can show it."""
+    characters = not any(character in '/\\:*?"<>|' or "\ud800" <= character <= "\udfff" for character in name)
+    return bool(name) and not name.startswith(".") and characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +229,8 @@ class RunConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.name is not None and (not self.name or self.name.startswith(".") or set(self.name) & set('/\\:*?"<>|')):
-            raise ValueError(
+        if self.name is not None and not _is_folder_name(self.name):
+            raise ConfigError(
                 f'RunConfig.name = {self.name!r}: must be a plain folder name, without / \\ : * ? " < > | '
                 "and not starting with a dot"
             )
@@ -236,7 +243,7 @@ class RunConfig(Checked):
             if key not in owners:
                 close = difflib.get_close_matches(key, owners, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"unknown setting {key!r}.{hint} Known: {', '.join(sorted(owners))}")
+                raise ConfigError(f"unknown setting {key!r}.{hint} Known: {', '.join(sorted(owners))}")
             changes.setdefault(owners[key].section, {})[key] = value
         own = changes.pop("run", {})
         parts = {name: dataclasses.replace(getattr(self, name), **values) for name, values in changes.items()}

@@ -8,13 +8,16 @@ from pathlib import Path
 from newllm_lib import report
 from newllm_lib.adopting import adopt, check_same_run
 from newllm_lib.config import RunConfig, flat_fields
+from newllm_lib.errors import ConfigError, NewLLMError
+from newllm_lib.escaping import say
 from newllm_lib.fetching import fetch
-from newllm_lib.formatting import say
+from newllm_lib.files import file_errors
 from newllm_lib.mirror import Mirror
 from newllm_lib.planning import make_setup
 from newllm_lib.runs import Run
 
 
+@file_errors()
 def find_run(
     place: str | Path = "",
     *,
@@ -28,7 +31,7 @@ def find_run(
     place: a run's folder, or its name in `results_dir` or `mirror_dir`; a bundle with a checkpoint, a checkpoint file,
     or the id of such a file on Google Drive (`sha256` is then what its content must be); empty = the newest run of
     `results_dir` and of its copies in `mirror_dir`, None where there is none. Errors as of `fetch` and `adopt`;
-    FileExistsError where a copy's run would replace another one.
+    FileTakenError where a copy's run would replace another one.
     """
     wheres = [Path(where) for where in (results_dir, mirror_dir) if where]
     if place:
@@ -45,7 +48,7 @@ def find_run(
         found = max(folders, key=lambda folder: (folder / "run.json").stat().st_mtime)
     here = Path(results_dir) / found.name
     if mirror_dir and found.resolve().parent in (here.resolve().parent, Path(mirror_dir).resolve()):
-        identity = report.read_record(found)["identity"]
+        identity = report.read_record(found).get("identity")
         check_same_run(here, identity)
         Mirror(here, mirror_dir, identity).restore(tell)
         return Run(here)
@@ -58,7 +61,7 @@ def _runs_in(where: Path, tell: Callable[[str], None]) -> list[Path]:
     for path in where.glob("*/run.json"):
         try:
             report.read_record(path.parent)
-        except (OSError, ValueError) as error:
+        except NewLLMError as error:
             tell(f"left out: {error}")
             continue
         if any((path.parent / "checkpoints").glob("*.pt")):
@@ -70,11 +73,11 @@ def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = Non
     """The configuration with which `train` carries a run on, to a new total of epochs or of steps (None = its own end).
 
     A rate that decays to an end gets the new end of the run as its own. changes: fields that define no result
-    (patience, mirror_dir, ...), and `data` where the same text now lies in another place. ValueError where the run is
+    (patience, mirror_dir, ...), and `data` where the same text now lies in another place. ConfigError where the run is
     longer already, or a change would make another run of it.
     """
     if epochs is not None and max_steps is not None:
-        raise ValueError(f"epochs = {epochs}, max_steps = {max_steps}: give the new total as one of them")
+        raise ConfigError(f"epochs = {epochs}, max_steps = {max_steps}: give the new total as one of them")
     _check_same_run(run, changes)
     asked = run.requested
     if epochs is None and max_steps is None:
@@ -86,7 +89,7 @@ def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = Non
     done = run.record.get("step", 0)
     if setup.total_steps < done:
         asked_for = f"epochs = {epochs}" if epochs else f"max_steps = {max_steps}"
-        raise ValueError(
+        raise ConfigError(
             f"{asked_for}: {run.folder.name} has already trained {done:,} steps "
             f"({done / setup.steps_per_epoch:.2f} epochs): must be as much or more"
         )
@@ -104,4 +107,4 @@ def _check_same_run(run: Run, changes: dict) -> None:
         section = run.requested if item.section == "run" else getattr(run.requested, item.section)
         now = getattr(section, name)
         if name != "data" and item.metadata["identity"] and value != now:
-            raise ValueError(f"{name} = {value!r}: is {now!r} in {run.folder.name}; another value makes another run")
+            raise ConfigError(f"{name} = {value!r}: is {now!r} in {run.folder.name}; another value makes another run")

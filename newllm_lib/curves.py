@@ -9,8 +9,8 @@ from typing import Any
 
 from newllm_lib import published
 from newllm_lib.diagnose import Row, best_row, number
+from newllm_lib.escaping import plot_text
 from newllm_lib.files import write_atomic
-from newllm_lib.formatting import plot_text
 
 _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9701e", "#777777"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib import report
-from newllm_lib.checkpoint import CheckpointError, Checkpoints
+from newllm_lib.checkpoint import Checkpoints, check_payload
+from newllm_lib.errors import CheckpointError
 from newllm_lib.trainer import Setup
 
 
@@ -21,7 +22,7 @@ def run_folder(setup: Setup) -> Path:
 def earlier_record(folder: Path, identity: str) -> dict[str, Any]:
     """The record of the run that one of this identity would continue, or must not replace; empty where there is none.
 
-    Another run that has saved nothing is none. ValueError when the record is damaged, CheckpointError when it
+    Another run that has saved nothing is none. RunError when the record is damaged, CheckpointError when it
     is that of an imported run.
     """
     if not (folder / "run.json").exists():
@@ -44,7 +45,7 @@ def decisions(earlier: dict[str, Any], identity: str) -> dict[str, Any]:
 def decided_by_checkpoint(checkpoints: Checkpoints, identity: str) -> dict[str, Any]:
     """The decisions that a run's newest checkpoint shows, for where its record is missing; empty without one."""
     found = checkpoints.newest_valid(lambda text: None)  # told when it goes on
-    if found is None or found[1]["identity"] != identity:
+    if found is None or check_payload(found[1], found[0])["identity"] != identity:
         return {}
     decided = {"batch_size": found[1]["config"]["train"]["batch_size"]}
     return decided | ({"precision": "fp16"} if found[1]["scaler"] else {})

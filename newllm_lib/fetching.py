@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
-from newllm_lib.files import sha256_of
-from newllm_lib.formatting import say
+from newllm_lib.errors import ConfigError, DownloadError, MissingPackageError, NetworkError
+from newllm_lib.escaping import say
+from newllm_lib.files import file_error, file_errors, make_folder, sha256_of
 
 STALL_SECONDS = 60.0
 """Without a byte received, after which a download is given up: gdown itself waits for ever."""
@@ -21,6 +22,7 @@ _HOSTS = ("drive.google.com", "docs.google.com", "drive.usercontent.google.com")
 _ID = r"[\w-]{15,}"
 
 
+@file_errors()
 def fetch(
     source: str | Path,
     folder: str | Path = "downloads",
@@ -34,11 +36,11 @@ def fetch(
     source: a file on this machine, the id of a file on Drive that is shared by link, or such a link. sha256: what its
     content must be; None = anything, and the hash is told. A file that is there already is not downloaded again.
 
-    ValueError when `source` is none of these, Google refuses the file, or the content is another one (a download is
-    then deleted); ConnectionError without a network, or when nothing is received for `stall` seconds.
+    ConfigError when `source` is none of these; DownloadError when Google refuses the file, or the content is another
+    one (a download is then deleted); NetworkError without a network, or when nothing is received for `stall` seconds.
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256 := sha256.strip().lower()):
-        raise ValueError(f"sha256 = {sha256!r}: must be 64 hex digits")
+        raise ConfigError(f"sha256 = {sha256!r}: must be 64 hex digits")
     if Path(source).is_file():
         return _checked(Path(source), sha256)
     file_id = _drive_id(str(source))
@@ -47,7 +49,7 @@ def fetch(
         if sha256 is None or sha256_of(found) == sha256:
             return _checked(found, sha256)
         found.unlink()
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     scratch = tempfile.mkdtemp(prefix=f".{file_id}-", dir=folder)
     try:
         downloaded = _download(file_id, Path(scratch), stall)
@@ -64,7 +66,7 @@ def fetch(
 
 def _checked(path: Path, sha256: str | None) -> Path:
     if sha256 is not None and (found := sha256_of(path)) != sha256:
-        raise ValueError(f"{path.name}: another file than was asked for: its sha256 is {found}, wanted was {sha256}")
+        raise DownloadError(f"{path.name}: another file than was asked for: its sha256 is {found}, wanted was {sha256}")
     return path
 
 
@@ -76,7 +78,7 @@ def _drive_id(source: str) -> str:
             return found[1]
     elif re.fullmatch(_ID, source):
         return source
-    raise ValueError(
+    raise ConfigError(
         f"{source!r}: must be a file on this machine, the id of a file on Google Drive, or a link to one "
         "(https://drive.google.com/file/d/ID/view; not to a folder)"
     )
@@ -87,7 +89,7 @@ def _download(file_id: str, scratch: Path, stall: float) -> Path:
     try:
         import gdown
     except ImportError as error:
-        raise ImportError(f"a download from Google Drive needs gdown ({error}): pip install gdown") from error
+        raise MissingPackageError(f"a download from Google Drive needs gdown ({error}): pip install gdown") from error
     outcome: list[object] = []
 
     def work() -> None:
@@ -105,17 +107,17 @@ def _download(file_id: str, scratch: Path, stall: float) -> Path:
         if size != received:
             received, since = size, time.monotonic()
         elif time.monotonic() - since > stall:
-            raise ConnectionError(
+            raise NetworkError(
                 f"Google Drive, file {file_id}: nothing received for {stall:g} s ({received:,} bytes so far); try again"
             )
     if isinstance(outcome[0], Exception):
-        raise _explained(outcome[0], file_id) from outcome[0]
+        raise _explained(outcome[0], file_id, scratch) from outcome[0]
     if outcome[0] is None:  # as older versions of gdown say that it failed
         raise _refused(file_id, "no reason given")
     return Path(str(outcome[0]))
 
 
-def _explained(error: Exception, file_id: str) -> Exception:
+def _explained(error: Exception, file_id: str, folder: Path) -> Exception:
     """An error of gdown in one message that says what to do."""
     import requests
     from gdown.exceptions import FileURLRetrievalError
@@ -124,17 +126,17 @@ def _explained(error: Exception, file_id: str) -> Exception:
     if isinstance(error, (FileURLRetrievalError, requests.HTTPError)):
         return _refused(file_id, said)
     if isinstance(error, requests.RequestException):
-        return ConnectionError(
+        return NetworkError(
             f"Google Drive, file {file_id}: no connection ({type(error).__name__}). Check the network; or download the "
             "file by other means and give its path"
         )
-    if isinstance(error, OSError):
-        return error  # of this machine's disk
-    return ConnectionError(f"Google Drive, file {file_id}: the download failed ({type(error).__name__}: {said})")
+    if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+        return file_error(error, folder.parent, f"cannot write the download to {folder.parent}")
+    return NetworkError(f"Google Drive, file {file_id}: the download failed ({type(error).__name__}: {said})")
 
 
-def _refused(file_id: str, said: str) -> ValueError:
-    return ValueError(
+def _refused(file_id: str, said: str) -> DownloadError:
+    return DownloadError(
         f"Google Drive, file {file_id}: refused ({said}). Its owner must share it with 'Anyone with the link'; a file "
         "that many have downloaded is locked for a day: copy it to your own Drive, or download it in a browser and "
         "give its path"

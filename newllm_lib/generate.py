@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from newllm_lib.config import BOS, EOS, PAD, UNK
+from newllm_lib.errors import ConfigError
 from newllm_lib.hardware import Precision, cpu_threads
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence.cell import Cell, LoopWeights
@@ -28,7 +29,7 @@ class Generation(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn; `check` raises ValueError naming the first value that is out of its range."""
+    """How a token is drawn; `check` raises ConfigError naming the first value that is out of its range."""
 
     temperature: float = 0.8
     top_k: int = 0
@@ -38,11 +39,11 @@ class Sampling(NamedTuple):
     def check(self) -> Sampling:
         """Itself, if every value is in its range."""
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature!r}: must be a number from 0")
+            raise ConfigError(f"temperature = {self.temperature!r}: must be a number from 0")
         if self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k!r}: must be a whole number from 0 (0 = all)")
+            raise ConfigError(f"top_k = {self.top_k!r}: must be a whole number from 0 (0 = all)")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p!r}: must be a number above 0 to 1")
+            raise ConfigError(f"top_p = {self.top_p!r}: must be a number above 0 to 1")
         return self
 
 
@@ -71,7 +72,7 @@ def generate(
     temperature 0 takes the likeliest token; top_k keeps that many of the likeliest (0 = all), top_p the fewest whose
     probabilities reach that sum (Holtzman et al. 2019, arXiv 1904.09751). `<PAD>` and `<BOS>` are never drawn,
     `<UNK>` only with allow_unknown; a row ends at `<EOS>`. lengths (B,) int64, each from 1 to T: the real tokens of
-    each prompt, which stand first in its row (None = all T). Dropout is off. ValueError for values out of range.
+    each prompt, which stand first in its row (None = all T). Dropout is off. ConfigError for values out of range.
     """
     check_count(max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p, allow_unknown)
@@ -182,6 +183,6 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 
 def check_count(max_new_tokens: int) -> None:
-    """ValueError unless it is a whole number from 1."""
+    """ConfigError unless it is a whole number from 1."""
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens!r}: must be a whole number from 1")
+        raise ConfigError(f"max_new_tokens = {max_new_tokens!r}: must be a whole number from 1")

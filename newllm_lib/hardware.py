@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from newllm_lib.errors import ConfigError
+
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 """CPU instruction sets with native bfloat16 products; without them bfloat16 is emulated and slow."""
 
@@ -60,7 +62,7 @@ class Precision:
 
 
 def detect(device: str = "auto", threads: int | None = None) -> Machine:
-    """The machine as torch sees it; ValueError for a device that is not there."""
+    """The machine as torch sees it; ConfigError for a device that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = threads or torch.get_num_threads()
@@ -72,8 +74,8 @@ def detect(device: str = "auto", threads: int | None = None) -> Machine:
     except RuntimeError:
         kind, index = device, 0
     if kind != "cuda" or index >= torch.cuda.device_count():
-        there = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        raise ValueError(f"TrainConfig.device = {device!r}: must be auto, {', '.join(['cpu', *there])} on this machine")
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ConfigError(f"TrainConfig.device = {device!r}: must be auto, {', '.join(there)} on this machine")
     properties = torch.cuda.get_device_properties(index)
     return Machine(
         device=f"cuda:{index}",
@@ -92,7 +94,7 @@ def choose_precision(requested: str, machine: Machine, emulate: bool = False) ->
     judged by compute capability: `torch.cuda.is_bf16_supported()` says yes on a T4, which emulates it.
     """
     if requested not in ("auto", *DTYPES):
-        raise ValueError(f"precision = {requested!r}: must be one of auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"precision = {requested!r}: must be one of auto, {', '.join(DTYPES)}")
     if machine.kind == "cuda":
         native, why = _cuda_formats(machine)
     else:

@@ -19,6 +19,7 @@ from torch.nn.functional import linear, pad
 
 from newllm_lib.buffers import BUFFERS
 from newllm_lib.config import PAD, UNK
+from newllm_lib.errors import DataError
 from newllm_lib.hardware import Precision, is_out_of_memory
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import ENGINES
@@ -74,9 +75,9 @@ class MetricSums:
         self._sums, self._bytes = sums, size  # both or none: memory may run out before, and the batch comes again
 
     def result(self) -> Metrics:
-        """The metrics of all that was added; ValueError when nothing was."""
+        """The metrics of all that was added; DataError when nothing was."""
         if isinstance(self._sums, float):
-            raise ValueError("there is no token to score")
+            raise DataError("there is no token to score")
         nll, correct, tokens, nll_known, correct_known, tokens_known = self._sums.tolist()
         size = float(self._bytes)  # 0 for a tokenizer that loses text
         return Metrics(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from newllm_lib.config import FlatField, flat_fields
-from newllm_lib.formatting import shell_command
+from newllm_lib.errors import ConfigError
+from newllm_lib.escaping import shell_command
 from newllm_lib.settings import allowed_types, describe_allowed
 
 
 def parse(item: FlatField, text: str) -> Any:
     """The value that a text stands for: none, a number, (epoch, norm) pairs as in 0:0.5,10:1, or the text itself.
 
-    Its range is for the configuration to check; ValueError where the text is no number and the field wants one.
+    Its range is for the configuration to check; ConfigError where the text is no number and the field wants one.
     """
     kinds = allowed_types(item.type)
     if text.lower() == "none" and type(None) in kinds:
@@ -24,7 +25,7 @@ def parse(item: FlatField, text: str) -> Any:
             return int(text)
         return float(text) if float in kinds else text
     except ValueError as error:
-        raise ValueError(f"{text!r}: must be {describe_allowed(item.type, item.metadata)}") from error
+        raise ConfigError(f"{text!r}: must be {describe_allowed(item.type, item.metadata)}") from error
 
 
 def _pair(text: str) -> tuple:

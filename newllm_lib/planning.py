@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from newllm_lib import presets, published, schedule
 from newllm_lib.config import FlatField, ModelConfig, RunConfig, TrainConfig, flat_fields
+from newllm_lib.errors import ConfigError
 from newllm_lib.hardware import Machine, Precision, choose_precision, default_batch_size, detect
 from newllm_lib.recurrence.selfcheck import choose_engine
 from newllm_lib.report import duration
@@ -20,7 +21,7 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
 
     `decided` holds what an earlier part of the same run recorded (batch_size, micro_batch_size, precision, engine); it
     is kept, so that a run goes on as it began. A batch that a policy is yet to find starts as the recipe's, or the
-    machine's. ValueError when the configuration does not fit the data or the machine.
+    machine's. ConfigError when the configuration does not fit the data or the machine.
     """
     decided = decided or {}
     requested, train = config, config.train
@@ -87,11 +88,11 @@ def largest_batch(split: Split, config: RunConfig) -> int:
 
 
 def check_batch(config: RunConfig, split: Split) -> None:
-    """ValueError when a batch holds more than the data has."""
+    """ConfigError when a batch holds more than the data has."""
     batch, most = config.train.batch_size, largest_batch(split, config)
     if batch > most:
         unit = "training sequences" if config.data.layout == "windows" else "full sequences for a lane each"
-        raise ValueError(f"TrainConfig.batch_size = {batch}: must be at most {most}, the number of {unit}")
+        raise ConfigError(f"TrainConfig.batch_size = {batch}: must be at most {most}, the number of {unit}")
 
 
 def unfaithful_reason(setup: Setup) -> str | None:

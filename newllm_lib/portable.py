@@ -12,7 +12,7 @@ import shlex
 from typing import Any
 
 from newllm_lib.config import NAMED_TEXTS, flat_fields
-from newllm_lib.formatting import shell_command
+from newllm_lib.escaping import shell_command
 
 ELSEWHERE = "elsewhere:"
 """Before the name of a text that lies on the machine that a run came from: `text.corpus` asks where it lies here."""

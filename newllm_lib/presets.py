@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable
 
 from newllm_lib.config import RunConfig
+from newllm_lib.errors import ConfigError
 
 
 def cpu_baseline() -> RunConfig:
@@ -111,11 +112,11 @@ FAITHFUL = frozenset(name for name, preset in PRESETS.items() if (preset.__doc__
 
 
 def get(name: str) -> RunConfig:
-    """The preset called `name`; ValueError with the known names where there is none."""
+    """The preset called `name`; ConfigError with the known names where there is none."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown preset {name!r}.{hint} Presets: {', '.join(PRESETS)}")
+        raise ConfigError(f"unknown preset {name!r}.{hint} Presets: {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from newllm_lib.diagnose import Row, Spell, follow
-from newllm_lib.formatting import say
+from newllm_lib.escaping import say
 from newllm_lib.mirror import Safety
 from newllm_lib.report import duration
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from newllm_lib import curves, presets, report
-from newllm_lib.checkpoint import CheckpointError, export_model, load_checkpoint, load_exported
+from newllm_lib.checkpoint import export_model, load_checkpoint, load_exported
 from newllm_lib.config import BOS
-from newllm_lib.formatting import shell_command
+from newllm_lib.errors import CheckpointError
+from newllm_lib.escaping import shell_command
+from newllm_lib.files import make_folder
 from newllm_lib.generate import generate
 from newllm_lib.hardware import environment
 from newllm_lib.model import NewLLM
@@ -31,7 +33,7 @@ class Recorder:
 
     def __init__(self, trainer: Trainer, folder: Path, earlier: dict[str, Any]):
         self.trainer, self.folder = trainer, folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         commands = [*earlier.get("commands", []), command()]
         self._rows_before = len(trainer.state.history)  # which may be another machine's
         self.record = self._fixed(earlier) | {"commands": list(dict.fromkeys(commands)), "samples": []}

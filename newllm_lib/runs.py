@@ -12,15 +12,12 @@ import torch
 
 from newllm_lib import presets, report
 from newllm_lib.buffers import BUFFERS
-from newllm_lib.card import model_card
+from newllm_lib.card import card_of
 from newllm_lib.checkpoint import (
     TOKENIZER_FILE,
-    CheckpointError,
     Checkpoints,
-    NoModelError,
-    load_checkpoint,
     load_exported,
-    load_weights,
+    load_trained,
     tokenizer_text,
 )
 from newllm_lib.config import RunConfig
@@ -32,7 +29,17 @@ from newllm_lib.earlier import (
     run_folder,
     set_aside,
 )
-from newllm_lib.formatting import one_line, say
+from newllm_lib.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FileMissingError,
+    NoModelError,
+    RunError,
+    TrainingError,
+)
+from newllm_lib.escaping import one_line, say
+from newllm_lib.files import file_errors
 from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import Metrics, evaluate_split
 from newllm_lib.mirror import Mirror
@@ -43,9 +50,8 @@ from newllm_lib.probe import estimate_speed, settle_batch
 from newllm_lib.progress import Progress, TerminalProgress, in_kernel, warn_on_stderr
 from newllm_lib.recorder import Recorder, command
 from newllm_lib.recurrence.selfcheck import choose_engine
-from newllm_lib.step import TrainingError
 from newllm_lib.text.prepare import prepare
-from newllm_lib.text.tokenizer import Tokenizer, tokenizer_from_dict
+from newllm_lib.text.tokenizer import Tokenizer
 from newllm_lib.trainer import Setup, Trainer
 
 
@@ -62,14 +68,20 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration, every decision made."""
-        return RunConfig.from_dict(self.record["config"])
+        """The configuration, every decision made; RunError where run.json has one that this version does not know."""
+        return self._config_of(self.record["config"])
 
     @property
     def requested(self) -> RunConfig:
         """The configuration that was asked for: `train(run.requested)` continues the run, in a folder of any name."""
-        asked = RunConfig.from_dict(self.record.get("requested") or self.record["config"])
+        asked = self._config_of(self.record.get("requested") or self.record["config"])
         return asked.replace(name=self.folder.name, results_dir=str(self.folder.parent))
+
+    def _config_of(self, values: dict[str, Any]) -> RunConfig:
+        try:
+            return RunConfig.from_dict(values)
+        except ConfigError as error:
+            raise RunError(f"{self.folder / 'run.json'}: {error}") from error
 
     @property
     def report(self) -> str:
@@ -77,7 +89,8 @@ class Run:
 
         It is written from the record and the history: the file of a run from elsewhere may hold anything.
         """
-        text = report.report_text(self.record, report.history_rows(self.folder))
+        with report.damaged_record(self.folder):
+            text = report.report_text(self.record, report.history_rows(self.folder))
         return text.replace("![curves](curves.png)\n\n", "")
 
     @property
@@ -117,11 +130,12 @@ class Loaded(NamedTuple):
 
 
 def resolve(config: str | RunConfig = "auto", **overrides) -> RunConfig:
-    """A preset's name or a configuration, with fields changed by name; ValueError for what is unknown or invalid."""
+    """A preset's name or a configuration, with fields changed by name; ConfigError for what is unknown or invalid."""
     config = presets.get(config) if isinstance(config, str) else config
     return config.replace(**overrides)
 
 
+@file_errors()
 def plan(
     config: str | RunConfig = "auto", *, report: Callable[[str], None] | None = None, **overrides
 ) -> tuple[Setup, list[tuple[str, str]]]:
@@ -137,6 +151,7 @@ def plan(
     return setup, plan_lines(setup, str(folder), speed=estimate_speed(setup))
 
 
+@file_errors()
 def train(
     config: str | RunConfig = "auto",
     *,
@@ -150,8 +165,8 @@ def train(
     config: a preset's name or a RunConfig; overrides: any field by name. progress: what shows the course of it; None =
     live in a notebook, lines in a terminal. `fresh` starts over and keeps the old folder under a new name. `watch` gets
     the trainer before it goes on, for example to set its `on_step`; a run that has ended does not call it. Raises
-    ValueError for bad settings or data, CheckpointError when the folder holds another run, TrainingError when training
-    breaks down; in each case what was on disk stays valid.
+    ConfigError, DataError or FileError for bad settings or data, CheckpointError when the folder holds another run,
+    TrainingError when training breaks down; in each case what was on disk stays valid.
     """
     progress = progress or _default_progress()
     try:
@@ -223,7 +238,7 @@ def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> 
     found = trainer.checkpoints.newest_valid(lambda text: progress.message(f"warning: {text}"))
     if found is None:
         if earlier.get("best"):  # one that ended before its first validation may never have saved anything
-            raise CheckpointError(checkpoints_gone(trainer.checkpoints.folder, earlier["step"]))
+            raise CheckpointError(checkpoints_gone(trainer.checkpoints.folder, earlier.get("step") or 0))
         return
     path, payload = found
     trainer.restore(payload, path)
@@ -294,22 +309,20 @@ def _again() -> str:
 
 
 def load(folder: str | Path) -> Run:
-    """The run in a folder; FileNotFoundError where there is none."""
+    """The run in a folder; FileMissingError where there is none."""
     return Run(folder)
 
 
+@file_errors()
 def load_model(place: str | Path) -> Loaded:
     """The best model of a run's folder, or that of a model/ folder or of a checkpoint file, in evaluation mode.
 
     Its `save_pretrained` and `push_to_hub` take the tokenizer and a card written from the run's report along.
-    FileNotFoundError where there is nothing, CheckpointError where it cannot be read.
+    FileMissingError where there is nothing, CheckpointError where it cannot be read.
     """
     loaded = _load_model(place)
     loaded.model.companions = {TOKENIZER_FILE: tokenizer_text(loaded.tokenizer)}
-    record = report.read_record(Path(place)) if (Path(place) / "run.json").is_file() else None
-    kept = Path(place) / "README.md"
-    is_card = record is None and kept.is_file()  # a run's folder may hold notes of that name
-    loaded.model.card = kept.read_text("utf-8") if is_card else model_card(record, loaded.model.config)
+    loaded.model.card = card_of(Path(place), loaded.model.config)
     return loaded
 
 
@@ -321,7 +334,7 @@ def _load_model(place: str | Path) -> Loaded:
         model, tokenizer = load_exported(path)
         return Loaded(model.eval(), tokenizer, None, None)
     if not path.is_dir():
-        raise FileNotFoundError(f"{place}: no such run, model folder or checkpoint")
+        raise FileMissingError(f"{place}: no such run, model folder or checkpoint")
     run = Run(path)
     if not (path / "model" / "model.safetensors").exists():
         best = Checkpoints(path / "checkpoints", run.record["run"]).best
@@ -329,7 +342,7 @@ def _load_model(place: str | Path) -> Loaded:
             check_validated(run)
         return _from_checkpoint(best)
     model, tokenizer = load_exported(path / "model")
-    return Loaded(model.eval(), tokenizer, run.config, run.record["data"]["fingerprint"])
+    return Loaded(model.eval(), tokenizer, run.config, (run.record.get("data") or {}).get("fingerprint"))
 
 
 def check_validated(run: Run) -> None:
@@ -342,15 +355,13 @@ def check_validated(run: Run) -> None:
 
 
 def _from_checkpoint(path: Path) -> Loaded:
-    payload = load_checkpoint(path, warn_on_stderr)
-    of_a_run = (path.resolve().parent.parent / "run.json").is_file()  # else who knows where the file comes from
-    config = RunConfig.from_dict(payload["config"] if of_a_run else received_config(payload["config"]))
-    tokenizer = tokenizer_from_dict(payload["tokenizer"])
-    model = NewLLM(config.model)
-    load_weights(model, payload, path)
-    return Loaded(model.eval(), tokenizer, config, payload["data_fingerprint"])
+    model, tokenizer, config, fingerprint = load_trained(path, warn_on_stderr)
+    if not (path.resolve().parent.parent / "run.json").is_file():  # then who knows where the file comes from
+        config = RunConfig.from_dict(received_config(config.to_dict()))
+    return Loaded(model.eval(), tokenizer, config, fingerprint)
 
 
+@file_errors()
 def evaluate(
     what: Run | NewLLM | str | Path,
     data: str | tuple[str, ...] | None = None,
@@ -363,26 +374,26 @@ def evaluate(
     """Scores on a split of some data (None = what the run was trained on), read by the run's own protocol.
 
     what: a Run; the place of a run, a model folder or a checkpoint; or a model, then with its tokenizer. config: the
-    protocol, where `what` has none of its own. FP32 unless told otherwise. ValueError when the tokenizer and the model
+    protocol, where `what` has none of its own. FP32 unless told otherwise. ConfigError when the tokenizer and the model
     do not belong together, the run's text has changed, or the data has no such split.
     """
     if isinstance(what, NewLLM):
         if tokenizer is None:
-            raise ValueError("evaluate(model, ...) needs the model's tokenizer: pass tokenizer=..., or the run itself")
+            raise ConfigError("evaluate(model, ...) needs the model's tokenizer: pass tokenizer=..., or the run itself")
         loaded = Loaded(what, tokenizer, config, None)
     else:
         loaded = what._loaded if isinstance(what, Run) else load_model(what)
     if loaded.tokenizer.vocab_size != loaded.model.config.vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"the tokenizer has {loaded.tokenizer.vocab_size} ids, the model {loaded.model.config.vocab_size}"
         )
     config = config or loaded.config
     if data is None and config is None:
-        raise ValueError(f"{what}: a model alone does not know its text: say which with data= (in the shell --data)")
+        raise ConfigError(f"{what}: a model alone does not know its text: say which with data= (in the shell --data)")
     config = config or RunConfig()
     prepared = prepare(config.replace(data=data) if data else config, loaded.tokenizer)
     if data is None and loaded.fingerprint not in (None, prepared.fingerprint):
-        raise ValueError(
+        raise DataError(
             f"data {config.data.data}: the text has changed since the run was trained; to score it all the same, "
             "name it with data= (in the shell --data)"
         )

@@ -19,6 +19,8 @@ from dataclasses import field
 from functools import cache
 from typing import Any
 
+from newllm_lib.errors import ConfigError
+
 
 def setting(default, low=None, high=None, *, open_low=False, open_high=False, choices=None, identity=True, path=False):
     """A dataclass field with its allowed range.
@@ -63,10 +65,12 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def build(cls: type, values: dict[str, Any]):
     """`cls(**values)`, where an unknown key is an error that names it and the known ones."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__}: must be a dictionary of its fields, not {values!r:.60}")
     known = {item.name for item in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
     return cls(**values)
 
 
@@ -99,7 +103,7 @@ def _check(owner: str, name: str, value: Any, hint: Any, allowed: typing.Mapping
         if allowed.get("choices"):
             good = value in allowed["choices"]
     if not good:
-        raise ValueError(f"{owner}.{name} = {value!r}: must be {describe_allowed(hint, allowed)}")
+        raise ConfigError(f"{owner}.{name} = {value!r}: must be {describe_allowed(hint, allowed)}")
 
 
 def _in_range(value: float, allowed: typing.Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import json
 import operator
 import re
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -31,7 +32,8 @@ from newllm_lib.checkpoint import (
     sidecar,
     valid_step,
 )
-from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.errors import BundleError, FileTakenError, NewLLMError, RunError
+from newllm_lib.files import file_errors, make_folder, write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
 from newllm_lib.portable import portable, portable_config, received
 from newllm_lib.runs import Run, check_validated, load_model
@@ -44,7 +46,7 @@ MAX_BUNDLE_BYTES = 8 << 30
 _MAX_FILES = 1000
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_DEPTH = 3
-_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error)
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.error, ValueError, LookupError)
 """What zipfile raises for bytes that it cannot read; RuntimeError where they are encrypted or packed in another way."""
 _CHUNK = 1 << 20
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
@@ -53,25 +55,22 @@ _REQUIRED = ("run.json", "model/model.safetensors", "model/config.json", "model/
 _OPTIONAL = ("history.csv", "curves.png", "report.md", "model/README.md")
 
 
-class BundleError(ValueError):
-    """A bundle that is damaged, not a bundle, newer than this library, or dangerous to unpack."""
-
-
 # --- the model folder -------------------------------------------------------------------------------------------
 
 
+@file_errors()
 def export(what: Run | str | Path, folder: str | Path, *, half: bool = False) -> Path:
     """Write a model folder: weights (safetensors; FP16 with `half`), configuration, tokenizer and model card.
 
     what: a run, or the place of one, of a model folder, or of a checkpoint. `NewLLM.from_pretrained(folder)` and
-    every command read the result. ValueError when the folder holds something else, or a weight does not fit FP16.
+    every command read the result. RunError when the folder holds something else, or a weight does not fit FP16.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "model.safetensors").exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds other files; name a new or an empty folder, or a model folder to replace")
+        raise RunError(f"{folder}: holds other files; name a new or an empty folder, or a model folder to replace")
     place = what.folder if isinstance(what, Run) else Path(what)
     if folder.resolve() in (place.resolve(), (place / "model").resolve()):
-        raise ValueError(f"{folder}: is where the model comes from; name another folder")
+        raise RunError(f"{folder}: is where the model comes from; name another folder")
     loaded = load_model(place)
     if half:
         _check_half(loaded.model)
@@ -85,7 +84,7 @@ def _check_half(model: NewLLM) -> None:
     for name, tensor in model.state_dict().items():
         largest = float(tensor.abs().max())
         if not largest <= most:
-            raise ValueError(
+            raise RunError(
                 f"{name} holds {largest:g}: FP16 ends at {most:g}; export without half (in the shell --half)"
             )
 
@@ -93,19 +92,20 @@ def _check_half(model: NewLLM) -> None:
 # --- bundles ----------------------------------------------------------------------------------------------------
 
 
+@file_errors()
 def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: bool = False) -> Path:
     """Write a run as one zip file (default: beside its folder) and return its path.
 
     With `checkpoint` the newest training state goes along, so that the run can be continued elsewhere. Record, report,
-    card and state are without this machine's paths. The file is replaced whole. FileNotFoundError or ValueError when
-    the run has no trained weights yet.
+    card and state are without this machine's paths. The file is replaced whole. FileMissingError, NoModelError or
+    RunError when the run has no trained weights yet.
     """
     run = Run((run.folder if isinstance(run, Run) else Path(run)).resolve())
     out = Path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
     missing = [name for name in _REQUIRED if not (run.folder / name).is_file()]
     if missing:
         check_validated(run)
-        raise ValueError(f"{run.folder}: has no {missing[0]} yet; a bundle needs a run with a validation behind it")
+        raise RunError(f"{run.folder}: has no {missing[0]} yet; a bundle needs a run with a validation behind it")
     load_exported(run.folder / "model")  # what cannot be read is not sent
     files = {name: run.folder / name for name in (*_REQUIRED, *_OPTIONAL) if (run.folder / name).is_file()}
     contents = {name: path.read_bytes() for name, path in files.items()} | _written_for_others(run)
@@ -119,17 +119,18 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
                 manifest["files"][name] = _add(archive, name, data)
             _add(archive, MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_atomic(out, write)
     return out
 
 
 def _written_for_others(run: Run) -> dict[str, bytes]:
     """The files of a bundle that could tell of this machine: the record, and what is written from it."""
-    record = portable(run.record)
-    texts = {"run.json": report.record_text(record), "model/README.md": model_card(record, run.config.model)}
-    if (run.folder / "report.md").is_file():
-        texts["report.md"] = report.report_text(record, report.history_rows(run.folder))
+    with report.damaged_record(run.folder):
+        record = portable(run.record)
+        texts = {"run.json": report.record_text(record), "model/README.md": model_card(record, run.config.model)}
+        if (run.folder / "report.md").is_file():
+            texts["report.md"] = report.report_text(record, report.history_rows(run.folder))
     return {name: text.encode() for name, text in texts.items()}
 
 
@@ -137,7 +138,7 @@ def _newest_checkpoint(run: Run) -> dict[str, bytes]:
     checkpoints = Checkpoints(run.folder / "checkpoints", run.record["run"])
     newest = next(iter(checkpoints.files()), None)
     if newest is None:
-        raise ValueError(f"{run.folder}: has no checkpoint to take along")
+        raise RunError(f"{run.folder}: has no checkpoint to take along")
     payload = load_checkpoint(newest, lambda text: None)  # verified, so that a damaged one is not sent
     configs = {part: portable_config(payload[part]) for part in ("config", "requested") if part in payload}
     with tempfile.TemporaryDirectory() as scratch:
@@ -149,15 +150,16 @@ def _newest_checkpoint(run: Run) -> dict[str, bytes]:
         return {f"checkpoints/{file.name}": file.read_bytes() for file in found if file.is_file()}
 
 
+@file_errors()
 def archive(folder: str | Path) -> Path:
     """The files of a study's or a comparison's own folder as `<folder>.zip`, which is returned; not the runs inside it.
 
-    ValueError where there is no file to take.
+    RunError where there is no file to take.
     """
     folder = Path(folder).resolve()
     files = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
     if not files:
-        raise ValueError(f"{folder}: holds no files to take along")
+        raise RunError(f"{folder}: holds no files to take along")
     out = folder.parent / f"{folder.name}.zip"
 
     def write(file) -> None:
@@ -178,13 +180,14 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
+@file_errors()
 def open_bundle(
     path: str | Path, results_dir: str | Path = "results", name: str | None = None, *, max_bytes: int = MAX_BUNDLE_BYTES
 ) -> Run:
     """Verify a bundle, unpack it to `results_dir/<its run>` (or `name`), and return the run.
 
     The paths in its record are dropped: to continue it, name its text as `data`, unless that is a named one.
-    BundleError names what is wrong with the file; then nothing is left behind. FileExistsError where the folder is
+    BundleError names what is wrong with the file; then nothing is left behind. FileTakenError where the folder is
     there already with other content.
     """
     path, results = Path(path), Path(results_dir)
@@ -194,7 +197,7 @@ def open_bundle(
             folder = results / folder_name(name or manifest["run"], path)
             if folder.exists():
                 return _already_there(folder, manifest, json.loads(archive.read("run.json")))
-            results.mkdir(parents=True, exist_ok=True)
+            make_folder(results)
             with tempfile.TemporaryDirectory(prefix=".opening-", dir=results) as scratch:
                 unpacked = Path(scratch) / "run"
                 for member, entry in manifest["files"].items():
@@ -202,20 +205,24 @@ def open_bundle(
                 _check_run(unpacked, path)
                 report.write_record(unpacked, received(report.read_record(unpacked)))
                 unpacked.rename(folder)
-    except _ZIP_ERRORS as error:
+    except NewLLMError:
+        raise
+    except ZIP_ERRORS as error:
         raise BundleError(f"{path}: not a readable zip file ({error}): download it again") from error
     return Run(folder)
 
 
+@file_errors()
 def bundle_record(path: str | Path) -> dict[str, Any]:
     """The run.json in a bundle, without unpacking it; BundleError as of `open_bundle`."""
     try:
         with zipfile.ZipFile(path) as archive:
             _manifest(archive, Path(path), MAX_BUNDLE_BYTES)
-            return json.loads(archive.read("run.json"))
-    except BundleError:
+            record = json.loads(archive.read("run.json"))
+            return record | {"run": str(record["run"])}
+    except NewLLMError:
         raise
-    except (*_ZIP_ERRORS, ValueError) as error:
+    except (*ZIP_ERRORS, TypeError) as error:
         raise BundleError(f"{path}: not a readable bundle ({error})") from error
 
 
@@ -277,9 +284,9 @@ def folder_name(name: str, path: Path) -> str:
 
 def _extract(archive: zipfile.ZipFile, member: str, entry: dict[str, Any], target: Path, path: Path) -> None:
     """Write one member and compare its hash; zipfile never gives more than the size that the manifest agreed with."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     digest = hashlib.sha256()
-    with archive.open(member) as source, open(target, "wb") as file:
+    with archive.open(member) as source, file_errors(target, f"cannot write {target}"), open(target, "wb") as file:
         while chunk := source.read(_CHUNK):
             digest.update(chunk)
             file.write(chunk)
@@ -302,7 +309,7 @@ def _check_run(folder: Path, path: Path) -> None:
 
 
 def _already_there(folder: Path, manifest: dict[str, Any], sent: dict[str, Any]) -> Run:
-    """The run in `folder` if it is the bundle's, whose record was `sent`; FileExistsError where it is another.
+    """The run in `folder` if it is the bundle's, whose record was `sent`; FileTakenError where it is another.
 
     Paths do not count: a run's own folder has those of this machine, a bundle of it has none.
     """
@@ -316,7 +323,7 @@ def _already_there(folder: Path, manifest: dict[str, Any], sent: dict[str, Any])
         elif name.startswith("checkpoints/"):
             same = found.is_file() and (not name.endswith(".pt") or valid_step(found) >= 0)
         if not same:
-            raise FileExistsError(
+            raise FileTakenError(
                 f"{folder}: is there already, with another {name}; give another name (in the shell --name)"
             )
     return Run(folder)

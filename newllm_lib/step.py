@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 
 from newllm_lib.config import PAD, TrainConfig
+from newllm_lib.errors import PartialUpdateError, TrainingError
 from newllm_lib.hardware import Machine, Precision, is_out_of_memory, peak_memory_bytes
 from newllm_lib.metrics import fewer_rows, token_losses
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence import Dropout
 from newllm_lib.skips import listed
 
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and that the last good checkpoint stays."""
-
-
-class TornUpdate(MemoryError):
-    """Memory ran out once the gradients were made: weights, optimizers and loss scale may be half changed."""
+TornUpdate = PartialUpdateError
+"""Its former name."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,8 @@ def optimizer_step(
 
     `micro_batch` rows at a time go forward and backward, with the masks of dropout that the whole batch would have. A
     non-finite loss, or without a scaler a non-finite gradient, raises TrainingError before any weight changes.
-    TornUpdate where memory runs out later than that; where it does before, the error as it is: then the same step can
-    be done again.
+    PartialUpdateError where memory runs out later than that; where it does before, the error as it is: then the same
+    step can be done again.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -96,7 +92,7 @@ def optimizer_step(
         norm, not_finite = _update(model, optimizers, scaler, clip)
     except Exception as error:
         if is_out_of_memory(error):
-            raise TornUpdate(str(error)) from error
+            raise PartialUpdateError(str(error)) from error
         raise
     # from here on nothing may need memory
     return StepResult(total, num_targets, norm, bool(not_finite), not_finite, context, ids)

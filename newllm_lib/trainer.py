@@ -17,14 +17,15 @@ from torch import Tensor
 from newllm_lib import schedule, skips
 from newllm_lib.buffers import BUFFERS
 from newllm_lib.checkpoint import (
-    CheckpointError,
     Checkpoints,
+    check_payload,
     generator_states,
     load_weights,
     restore_generators,
     save_checkpoint,
 )
 from newllm_lib.config import RunConfig, flat_fields
+from newllm_lib.errors import CheckpointError, PartialUpdateError, TrainingError
 from newllm_lib.hardware import (
     Machine,
     Precision,
@@ -40,8 +41,6 @@ from newllm_lib.recurrence.selfcheck import EngineChoice
 from newllm_lib.step import (
     Portion,
     StepResult,
-    TornUpdate,
-    TrainingError,
     epoch_order,
     make_optimizers,
     mix_seed,
@@ -228,7 +227,7 @@ class Trainer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure, torn = str(error), isinstance(error, TornUpdate)
+            failure, torn = str(error), isinstance(error, PartialUpdateError)
         self.model.zero_grad(set_to_none=True)
         self._portion.halve(min(self._portion.rows, train.batch_size), failure)
         if torn:
@@ -348,7 +347,7 @@ class Trainer:
 
     def restore(self, payload: dict[str, Any], path: Path) -> None:
         """Go on from a payload of the same run; CheckpointError when it belongs to another one."""
-        if payload["identity"] != self.setup.identity:
+        if check_payload(payload, path)["identity"] != self.setup.identity:
             raise CheckpointError(f"{path}: {difference(payload, self.setup)}")
         load_weights(self.model, payload, path)
         for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):

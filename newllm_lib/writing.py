@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from newllm_lib.config import BOS, EOS, PAD
+from newllm_lib.errors import ConfigError
 from newllm_lib.generate import Decoding, Sampling, check_count
 from newllm_lib.model import NewLLM
 from newllm_lib.text.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ class Pieces:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: str | Sequence[str] = ()):
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stop):
-            raise ValueError("stop = '': must be a text of at least one character")
+            raise ConfigError("stop = '': must be a text of at least one character")
         self._tokenizer, self._stop = tokenizer, stop
         self._ids, self._known = list(before), len(before)  # ids from the last piece on, and how many are given out
         self._held = ""
@@ -148,7 +149,7 @@ def generate_texts(
     """
     check_count(max_new_tokens)
     if isinstance(prompts, str):
-        raise ValueError(f"prompts = {prompts!r}: must be a list of texts; for one text there is generate_text")
+        raise ConfigError(f"prompts = {prompts!r}: must be a list of texts; for one text there is generate_text")
     if not prompts:
         return []
     encoded = [[BOS, *tokenizer.encode(prompt)] for prompt in prompts]

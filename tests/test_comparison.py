@@ -318,14 +318,23 @@ def _record(**changes):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_remove_history, "run.json or history.csv is damaged: not what a run writes (FileNotFoundError"),
-        (_write("history.csv", ""), "EmptyDataError"),
-        (_write("history.csv", "no table\nof a run\n"), "not found in columns"),
-        (_write("history.csv", "step,val_ppl\n1,much\n"), "could not convert string to float"),
-        (_write("history.csv", "step,val_ppl\n1,2,3,4\n1,2\n1,2,3,4,5,6\n"), "ParserError"),
-        (_record(best={"val_ppl": "low"}), "could not convert string to float: 'low'"),
-        (_record(config=[1]), "AttributeError"),
-        (_record(data="text"), "AttributeError"),
+        (_remove_history, "run.json or history.csv is damaged: not what a run writes (FileMissingError"),
+        (
+            _write("history.csv", ""),
+            "history.csv: damaged, not a table that can be read (No columns to parse from file)",
+        ),
+        (
+            _write("history.csv", "no table\nof a run\n"),
+            "history.csv: damaged, no numbers in the columns step, epoch, val_loss, val_ppl",
+        ),
+        (_write("history.csv", "step,val_ppl\n1,much\n"), "no numbers in the columns epoch, val_loss, val_ppl"),
+        (
+            _write("history.csv", "step,val_ppl\n1,2,3,4\n1,2\n1,2,3,4,5,6\n"),
+            "history.csv: damaged, not a table that can be read (Error tokenizing data",
+        ),
+        (_record(best={"val_ppl": "low"}), "run.json: damaged, best.val_ppl not what a run writes"),
+        (_record(config=[1]), "run.json: damaged, config not what a run writes"),
+        (_record(data="text"), "run.json: damaged, data not what a run writes"),
         (_write("run.json", '{"run": '), "not readable as JSON"),
     ],
     ids=["no history", "empty", "no table", "words", "ragged", "best", "config", "data", "record"],

@@ -17,7 +17,7 @@ from hostile import EVERYTHING, IMAGE, RUN_NAME, SCRIPT, SHEET, TERMINAL, WORDS,
 from tiny import tiny_config, write_text
 
 import newllm_lib as nl
-from newllm_lib import cli, comparison, curves, formatting, report
+from newllm_lib import cli, comparison, curves, escaping, report
 from newllm_lib.cli.output import echo_exact
 from newllm_lib.notation import command
 from newllm_lib.notebook import colab
@@ -187,7 +187,7 @@ def test_what_observers_print(capsys):
     stream = io.StringIO()
     TerminalProgress(stream).message(TERMINAL)
     LiveLine(stream).say(TERMINAL)
-    formatting.say(TERMINAL, stream)
+    escaping.say(TERMINAL, stream)
     assert not ACTING.search(stream.getvalue())
     assert stream.getvalue().count("\\x1b[2J\\x9b31m\\u202etxt") == 3
 

@@ -47,7 +47,11 @@ def test_a_full_disk_leaves_the_old_file_and_names_the_path(old):
     with pytest.raises(OSError) as failed:
         write_atomic(old, write)
     assert failed.value.errno == errno.ENOSPC
-    assert failed.value.strerror == f"cannot write {old}: No space left on device; what was there is unchanged"
+    assert failed.value.strerror == "No space left on device"
+    assert str(failed.value) == (
+        f"cannot write {old}: No space left on device (the disk is full: free some space, or choose another folder); "
+        "what was there is unchanged"
+    )
     assert_untouched(old)
 
 

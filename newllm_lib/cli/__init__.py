@@ -1,33 +1,36 @@
 """The command `newllm`.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 failed or interrupted,
-2 wrong usage. NEWLLM_DEBUG=1 shows the traceback behind a message.
+2 wrong usage. NEWLLM_DEBUG=1 shows the traceback behind a message; a bug of the library shows its traceback always.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Any
 
 import click
 
 from newllm_lib.cli import comparing, importing, sharing, studies, study, training, using
-from newllm_lib.formatting import terminal_text
+from newllm_lib.errors import NewLLMError
+from newllm_lib.escaping import terminal_text
 
 
 class Messages(click.Group):
-    """Expected failures become one message and exit status 1; anything else is a bug and keeps its traceback."""
+    """Our own exceptions and exhausted memory become one message; anything else is a bug and shows its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        from newllm_lib.step import TrainingError
-
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what is no character
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
             error.message = terminal_text(error.message)
             raise
-        except (ValueError, OSError, MemoryError, TrainingError) as error:
+        except (NewLLMError, MemoryError) as error:
             if os.environ.get("NEWLLM_DEBUG"):
                 raise
             raise click.ClickException(terminal_text(error) or "memory ran out") from error

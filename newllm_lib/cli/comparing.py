@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from newllm_lib.cli.output import echo, echo_exact, echo_json
-from newllm_lib.formatting import csv_text
+from newllm_lib.escaping import csv_text
 
 
 @click.command()

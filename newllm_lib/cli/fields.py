@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from newllm_lib.config import FlatField, flat_fields
+from newllm_lib.errors import ConfigError
 from newllm_lib.notation import parse
 from newllm_lib.settings import allowed_types, describe_allowed
 
@@ -27,7 +28,7 @@ class FieldValue(click.ParamType):
             return value
         try:
             parsed = parse(self.item, value)
-        except ValueError as error:
+        except ConfigError as error:
             self.fail(str(error), param, ctx)
         return _NONE if parsed is None else parsed
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from newllm_lib.formatting import terminal_text
+from newllm_lib.escaping import terminal_text
 
 
 def echo(text: Any = "", *, err: bool = False, nl: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -44,6 +45,8 @@ def open_(bundle: Path, name: str | None, results_dir: str, max_gib: float) -> N
     """Verify BUNDLE (every hash, name and size) and unpack it as a run."""
     from newllm_lib import sharing
 
+    if not math.isfinite(max_gib):
+        raise click.UsageError(f"--max-gib {max_gib}: must be a number of GiB")
     run = sharing.open_bundle(bundle, results_dir, name, max_bytes=int(max_gib * 2**30))
     best = f", best PPL {run.best['val_ppl']:.2f}" if run.best else ""
     echo(f"{run.folder}: verified; {run.record['status']}{best}")

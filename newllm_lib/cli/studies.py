@@ -9,6 +9,7 @@ import click
 from newllm_lib.cli.fields import Sectioned, field_options, overrides_of
 from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.cli.training import config_of
+from newllm_lib.errors import ConfigError
 
 
 class Listed(click.ParamType):
@@ -25,7 +26,7 @@ class Listed(click.ParamType):
 
         try:
             return listed(value, self._kind)
-        except ValueError as error:
+        except ConfigError as error:
             self.fail(str(error), param, ctx)
 
 
@@ -99,7 +100,7 @@ def lr_scaling(
     if preset in room.GRIDS:
         try:
             room.GRIDS[preset]().config.replace(**overrides)
-        except ValueError as error:
+        except ConfigError as error:
             raise click.UsageError(str(error)) from error
         study = room.lr_scaling(preset, batch_sizes, rules, initialisations, seeds=seeds, **overrides)
     else:

@@ -89,6 +89,7 @@ def lr_find(
     Trains a throw-away copy; no run is touched. Options as for `newllm train`.
     """
     from newllm_lib import runs
+    from newllm_lib.files import make_folder
     from newllm_lib.study.lr_range import lr_find as test
 
     config = config_of(preset, overrides_of(options))
@@ -98,6 +99,7 @@ def lr_find(
         if step % 10 == 0 or step == 1:
             echo(f"step {step} of {steps}: rate {rate:.2e}, loss {loss:.3f}", err=True)
 
+    make_folder(out)  # before a minute of training
     found = test(config, model=model, tokenizer=tokenizer, low=low, high=high, steps=steps, report=report)
     found.write(out)
     if as_json:

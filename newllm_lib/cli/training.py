@@ -12,6 +12,7 @@ from newllm_lib import presets
 from newllm_lib.cli.fields import Sectioned, field_options, options_of, overrides_of
 from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.config import RunConfig, flat_fields
+from newllm_lib.errors import ConfigError
 
 
 @click.command(cls=Sectioned)
@@ -83,7 +84,7 @@ def config_of(preset: str, overrides: dict[str, Any]) -> RunConfig:
     """The configuration of a preset with overrides; a mistake in either is wrong usage (exit status 2)."""
     try:
         return presets.get(preset).replace(**overrides)
-    except ValueError as error:
+    except ConfigError as error:
         raise click.UsageError(str(error)) from error
 
 
@@ -101,7 +102,7 @@ def _print_run(run, as_json: bool) -> None:
         echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
     if run.best is None:
         return
-    best = next(row for row in rows if row["step"] == run.best["step"])
+    best = next((row for row in rows if row["step"] == run.best["step"]), run.best)
     echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}")
     if run.record["published_protocol"]:
         for level, title, row in report.milestones(rows):

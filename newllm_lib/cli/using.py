@@ -71,15 +71,29 @@ def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **opti
         _converse(Writer(model, tokenizer), tokenizer, _generator(seed), options)
         return
     if file:
-        prompts += tuple(line.rstrip("\n") for line in file)
+        prompts += _lines(file)
         if not prompts:
             raise click.UsageError(f"--prompts {file.name}: holds no prompt")
+    if wrong := [prompt for prompt in prompts if _surrogates(prompt)]:
+        raise click.UsageError(f"prompt {wrong[0]!r}: not UTF-8")
     _warn_unknown(tokenizer, prompts)
     texts = _texts(model, tokenizer, [prompt for prompt in prompts or ("",) for _ in range(samples)], seed, options)
     if as_json:
         echo_json([text._asdict() for text in texts], ascii_only=False)
     else:
         echo_exact("\n\n".join(text.prompt + text.text for text in texts))
+
+
+def _surrogates(text: str) -> bool:
+    """Whether a text holds what Python makes of bytes that are not UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _lines(file) -> tuple[str, ...]:
+    try:
+        return tuple(line.rstrip("\n") for line in file)
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--prompts {file.name}: not UTF-8 ({error})") from error
 
 
 _BATCH = 256
@@ -105,6 +119,8 @@ def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
         except (EOFError, KeyboardInterrupt):
             echo(err=True)
             return
+        except UnicodeDecodeError as error:
+            raise click.ClickException(f"the input is not UTF-8 ({error})") from error
         if line.strip() == "/new":
             writer.reset()
             continue

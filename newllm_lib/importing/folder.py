@@ -11,6 +11,8 @@ from typing import Any
 from newllm_lib import curves, presets, published, report
 from newllm_lib.checkpoint import export_model
 from newllm_lib.config import SPECIAL_TOKENS, ModelConfig, RunConfig, flat_fields
+from newllm_lib.errors import ConfigError, DataError, RunError
+from newllm_lib.files import file_errors
 from newllm_lib.hardware import choose_precision, detect, environment
 from newllm_lib.importing.old import SHAPE_ATTRIBUTES, History, OldFile, Recipe, read_history, read_old
 from newllm_lib.importing.reading import Record
@@ -26,6 +28,7 @@ SCORE_TOLERANCE = 0.05
 makes well under 0.01."""
 
 
+@file_errors()
 def import_run(
     path: str | Path,
     *,
@@ -41,9 +44,9 @@ def import_run(
     name: the folder (None = the file's name without .pt). preset: the published run that this is, which the report
     then sets beside it. evaluate: score the weights on the validation split too.
 
-    Errors as for `import_checkpoint`; ValueError where the folder is there already, the vocabulary has another size
-    than the model, or the preset another shape; ConnectionError, FileNotFoundError or ValueError where the text
-    cannot be had. In each case nothing is left behind.
+    Errors as for `import_checkpoint`; RunError where the folder is there already, DataError where the vocabulary has
+    another size than the model, ConfigError where the preset has another shape; NetworkError, FileError or DataError
+    where the text cannot be had. In each case nothing is left behind.
     """
     old = read_old(Path(path))
     history, recipe = read_history(old), old.recipe()
@@ -52,7 +55,7 @@ def import_run(
     )
     folder = Path(config.results_dir) / str(config.name)
     if folder.exists():
-        raise ValueError(f"{folder}: is there already; give the import another name, or move that folder away")
+        raise RunError(f"{folder}: is there already; give the import another name, or move that folder away")
     prepared = prepare(config)
     _check_vocabulary(old, prepared)
     model = old.model()
@@ -74,12 +77,12 @@ def import_run(
 
 
 def _run_config(old: OldFile, recipe: Recipe, preset: str | None) -> RunConfig:
-    """The preset's configuration, or the published one, with what the file says; ValueError for another shape."""
+    """The preset's configuration, or the published one, with what the file says; ConfigError for another shape."""
     base = presets.get(preset) if preset else RunConfig(preset="imported")
     if preset:
         for name, value in old.shape.items():
             if getattr(base.model, name) != value:
-                raise ValueError(
+                raise ConfigError(
                     f"preset {preset!r} has {name} {getattr(base.model, name)}, {old.path} has {value}: it is not that "
                     "run; leave the preset out, or name another"
                 )
@@ -89,7 +92,7 @@ def _run_config(old: OldFile, recipe: Recipe, preset: str | None) -> RunConfig:
 def _check_vocabulary(old: OldFile, prepared: Prepared) -> None:
     size, wanted = prepared.tokenizer.vocab_size, old.shape["vocab_size"]
     if size != wanted:
-        raise ValueError(
+        raise DataError(
             f"data {prepared.corpus_name}: the vocabulary of its training split has {size} ids, the model in "
             f"{old.path} has {wanted}: name the text that the run was trained on with data= (in the shell --data)"
         )

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from newllm_lib.checkpoint import CheckpointError
 from newllm_lib.config import ModelConfig, RunConfig
+from newllm_lib.errors import CheckpointError, ConfigError
 from newllm_lib.importing.reading import Record, read
 from newllm_lib.metrics import perplexity
 from newllm_lib.model import NewLLM
@@ -86,7 +86,7 @@ class OldFile:
 def import_checkpoint(path: str | Path) -> NewLLM:
     """The model of an old `.pt` file: float32, on the CPU, in evaluation mode. Nothing in the file runs.
 
-    FileNotFoundError where there is no file; CheckpointError for one that is damaged, holds more than tensors, plain
+    FileMissingError where there is no file; CheckpointError for one that is damaged, holds more than tensors, plain
     values and one configuration, or whose tensors are not those of a New-LLM: it says which, and what would be right.
     """
     return read_old(Path(path)).model()
@@ -155,7 +155,7 @@ def _check_tensors(found: dict[str, Tensor], path: Path) -> dict[str, int]:
     shape = dict(vocab_size=vocab, embed_dim=embed, hidden_dim=hidden, num_layers=layers, context_dim=context)
     try:
         ModelConfig(**shape)
-    except ValueError as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return shape
 
@@ -271,7 +271,7 @@ def sort_attributes(found: dict[str, Any], shape: dict[str, int]) -> Recipe:
             value = left.pop(name)
             try:
                 RunConfig().replace(**{setting: value})
-            except (ValueError, OverflowError) as error:
+            except (ConfigError, OverflowError) as error:
                 rejected.append(f"{name} = {_shown(value)}: {str(error).rpartition(': ')[2]}")
             else:
                 recognised[setting] = value

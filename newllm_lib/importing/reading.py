@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from newllm_lib.checkpoint import CheckpointError
+from newllm_lib.errors import CheckpointError, FileMissingError
 
 _KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 ALLOWED = frozenset(
@@ -71,13 +71,13 @@ class Record:
 def read(path: Path) -> Content:
     """The content of a file of torch.save (zip or older), tensors on the CPU.
 
-    FileNotFoundError where there is none; CheckpointError for one that is refused, with the name in it that is not
+    FileMissingError where there is none; CheckpointError for one that is refused, with the name in it that is not
     allowed, or that cannot be read.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise FileMissingError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     config_class = None

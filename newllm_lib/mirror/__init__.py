@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from newllm_lib.files import ChangedError
+from newllm_lib.errors import ChangedError, ConfigError
 from newllm_lib.mirror.copies import RunCopy
 
 __all__ = ["Mirror", "Safety"]
@@ -71,16 +71,16 @@ class Mirror:
         retry: float = PAUSE_SECONDS,
         clock: Callable[[], float] = time.time,
     ):
-        """ValueError when `mirror_dir` is no folder, or the one that holds the run.
+        """ConfigError when `mirror_dir` is no folder, or the one that holds the run.
 
         pause, retry: seconds between copies, and after one that failed. clock: seconds since 1970.
         """
         if not Path(mirror_dir).is_dir():  # never made here: under a drive that is not mounted it would be no copy
-            raise ValueError(
+            raise ConfigError(
                 f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be a folder that exists; make it, or mount its drive"
             )
         if Path(mirror_dir).resolve() == folder.parent.resolve():
-            raise ValueError(f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be another folder than results_dir")
+            raise ConfigError(f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be another folder than results_dir")
         self.place = Path(mirror_dir) / folder.name
         self._copy = RunCopy(folder, self.place, identity, self._alive, clock)
         self._pause, self._retry, self._clock = pause, retry, clock

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.checkpoint import (
-    CheckpointError,
     Checkpoints,
     copy_checkpoint,
     current_entry,
@@ -26,7 +25,8 @@ from newllm_lib.checkpoint import (
     valid_step,
     verified_entry,
 )
-from newllm_lib.files import ChangedError, copy_atomic, sha256_of, write_text_atomic
+from newllm_lib.errors import ChangedError, CheckpointError, FileMissingError
+from newllm_lib.files import copy_atomic, make_folder, read_json, sha256_of, write_text_atomic
 
 MANIFEST = "MIRROR.json"
 FORMAT_VERSION = 1
@@ -97,7 +97,7 @@ class RunCopy:
     def _read_manifest(self, tell: Callable[[str], None]) -> dict[str, Any]:
         path = self.place / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             version, files = int(manifest["format_version"]), manifest["files"]
             sound = all(_NAME.fullmatch(name) and _sound(name, entries) for name, entries in files.items())
             sound = sound and isinstance(manifest["identity"], str) and isinstance(manifest["time"], float)
@@ -164,7 +164,7 @@ class RunCopy:
             if digest not in {entry["sha256"] for entry in entries}:
                 tell(f"warning: {self.place / name}: damaged: its sha256 is not the recorded one; passed over")
                 continue
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((self.folder / name).parent)
             copy_atomic(self.place / name, self.folder / name, digest, self._alive)
 
     # --- bringing the copy up to date ---------------------------------------------------------------------------
@@ -172,11 +172,11 @@ class RunCopy:
     def update(self) -> int:
         """Copy what has changed; returns the step of the newest checkpoint.
 
-        ChangedError when a file was replaced meanwhile (try again); OSError when the drive fails; CheckpointError when
-        a file of the run is damaged, after all others were copied. The copy verifies in each case.
+        ChangedError when a file was replaced meanwhile (try again); FileError or another OSError when the drive fails;
+        CheckpointError when a file of the run is damaged, after all others were copied. The copy verifies in each case.
         """
         if self._begun and not (self.place / MANIFEST).is_file():
-            raise FileNotFoundError(errno.ENOENT, "the copy is gone", str(self.place))
+            raise FileMissingError(errno.ENOENT, "the copy is gone", str(self.place))
         kept = self._kept()
         step = max(kept.values(), default=0)
         others = [name for name in _TOP_FILES if (self.folder / name).is_file()] + _names(self.folder, "model")

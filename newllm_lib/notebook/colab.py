@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote
 
-from newllm_lib.files import write_text_atomic
-from newllm_lib.formatting import html_attribute, html_text, say
+from newllm_lib.errors import ConfigError, FileError, NewLLMError
+from newllm_lib.escaping import html_attribute, html_text, say
+from newllm_lib.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.mirror import Safety
 from newllm_lib.progress import in_kernel
 
@@ -62,16 +63,18 @@ def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:
 
     Off, it does and asks nothing. On, it mounts Drive, which asks for permission unless it is mounted already; where
     that fails, for whatever reason or because it is interrupted, a red note says why, and the work goes on on this
-    machine alone. ValueError when `folder` is no path such as MyDrive/newllm.
+    machine alone. ConfigError when `folder` is no path such as MyDrive/newllm.
     """
     if not use_drive:
         return Storage(None)
     parts = PurePosixPath(folder).parts
     if parts[:1] not in (("MyDrive",), ("Shareddrives",)) or len(parts) < 2 or ".." in parts:
-        raise ValueError(f"folder = {folder!r}: must be a folder below MyDrive or Shareddrives, such as {DRIVE_FOLDER}")
+        raise ConfigError(
+            f"folder = {folder!r}: must be a folder below MyDrive or Shareddrives, such as {DRIVE_FOLDER}"
+        )
     try:
         place = _mounted() / folder
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
         _check_writing(place)
     except KeyboardInterrupt:
         _not_used("the mounting was interrupted", "To use Drive, run this cell again and allow the access.")
@@ -95,7 +98,7 @@ def _mounted() -> Path:
 
     drive.mount(str(MOUNT_POINT))
     if not os.path.ismount(MOUNT_POINT):  # a folder of that name would take everything, and be no Drive
-        raise OSError(f"{MOUNT_POINT} is a folder of this machine, not a mounted Drive; move it away")
+        raise FileError(f"{MOUNT_POINT} is a folder of this machine, not a mounted Drive; move it away")
     return MOUNT_POINT
 
 
@@ -128,10 +131,11 @@ def flush_drive(minutes: float = 10) -> bool:
 def offer_download(path: str | Path) -> None:
     """Offer a file for download: by the browser on Colab, as a link in other notebooks; and say where it lies.
 
-    FileNotFoundError when there is no such file. A download that fails is said, not raised.
+    FileMissingError when there is no such file. A download that fails is said, not raised.
     """
     path = Path(path)
-    size = path.stat().st_size
+    with file_errors(path):
+        size = path.stat().st_size
     say(f"{path.resolve()} ({size / 2**20:.1f} MiB)")
     if in_colab():
         _download_from_colab(path, size)
@@ -169,6 +173,8 @@ def _not_used(reason: str, remedy: str) -> None:
 
 
 def _named(error: Exception) -> str:
+    if isinstance(error, NewLLMError):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from newllm_lib import presets
 from newllm_lib.config import FlatField, RunConfig, flat_fields
-from newllm_lib.formatting import html_text, say, terminal_text
+from newllm_lib.errors import ConfigError, NewLLMError
+from newllm_lib.escaping import html_text, say, terminal_text
 from newllm_lib.notation import command
 from newllm_lib.notebook.panel_fields import Setting
 from newllm_lib.notebook.panel_plan import Plan, Planner, lines_of, plan_html, refused_html
@@ -59,7 +60,7 @@ class Panel:
     config: a preset's name or a RunConfig; overrides: any field by name. They are the defaults; from then on the
     widgets have the word: `panel.config` is what they say, `nl.train(panel.config)` trains it. Values that do not go
     together are shown all the same, with the reason, which `panel.config` and training refuse them with.
-    Raises ValueError for an unknown preset or field.
+    Raises ConfigError for an unknown preset or field.
     """
 
     _last_shown: Panel | None = None
@@ -89,13 +90,13 @@ class Panel:
 
     @property
     def config(self) -> RunConfig:
-        """The run that the widgets describe now; ValueError, in the words shown in red, where it cannot be."""
+        """The run that the widgets describe now; ConfigError, in the words shown in red, where it cannot be."""
         self._planner.forget_failure()
         self.refresh()
         self._plan = None
         self._planner.release()
         if self._problem:
-            raise ValueError(self._problem)
+            raise ConfigError(self._problem)
         return self._config
 
     @property
@@ -114,7 +115,7 @@ class Panel:
         return {name: value for name, value in values.items() if value != _value(base, self.settings[name].item)}
 
     def set(self, **values) -> None:
-        """Change fields by name, as their widgets would; a `preset` first. ValueError for an unknown field."""
+        """Change fields by name, as their widgets would; a `preset` first. ConfigError for an unknown field."""
         _refuse_unknown(values)
         self._quiet = True
         try:
@@ -181,7 +182,7 @@ class Panel:
         return self._bases[self.preset.value]
 
     def _described(self) -> RunConfig:
-        """What the widgets say; ValueError where the configuration refuses it."""
+        """What the widgets say; ConfigError where the configuration refuses it."""
         return self._base().replace(**{name: setting.value for name, setting in self.settings.items()})
 
     def _changed(self) -> None:
@@ -221,7 +222,7 @@ class Panel:
                 self._say("measuring this machine …")
             self._plan = self._planner.plan(self._config, measure, anew)
         except Exception as error:  # whatever it is, Run all goes on
-            known = isinstance(error, (ValueError, OSError)) and str(error)
+            known = isinstance(error, NewLLMError) and str(error)
             self._problem = str(error) if known else f"{type(error).__name__}: {error}"
         if self._plan:
             self._shown.value = self._last_plan = plan_html(self._plan, self.command)
@@ -261,7 +262,7 @@ class Panel:
 
 
 def _refuse_unknown(values: dict[str, Any]) -> None:
-    """ValueError for names that are no fields, with the nearest one; the values are not looked at."""
+    """ConfigError for names that are no fields, with the nearest one; the values are not looked at."""
     unknown = {name: None for name in values if name not in flat_fields()}
     if unknown:
         RunConfig().replace(**unknown)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from newllm_lib.config import FlatField
-from newllm_lib.formatting import html_attribute, html_text
+from newllm_lib.errors import ConfigError
+from newllm_lib.escaping import html_attribute, html_text
 from newllm_lib.notation import parse, shown
 from newllm_lib.settings import allowed_types
 
@@ -241,7 +242,7 @@ def read(item: FlatField, text: str) -> Any:
         return tuple(part.strip() for part in text.split(";") if part.strip())
     try:
         return parse(item, text)
-    except ValueError:
+    except ConfigError:
         return text
 
 

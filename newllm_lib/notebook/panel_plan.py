@@ -11,7 +11,9 @@ from newllm_lib import presets
 from newllm_lib.checkpoint import Checkpoints
 from newllm_lib.config import RunConfig
 from newllm_lib.earlier import checkpoints_gone, decisions, earlier_record, run_folder
-from newllm_lib.formatting import html_text
+from newllm_lib.errors import NewLLMError
+from newllm_lib.escaping import html_text
+from newllm_lib.files import file_errors
 from newllm_lib.mirror import Mirror
 from newllm_lib.mirror.copies import of_another_run
 from newllm_lib.notebook.panel_fields import ORANGE, PILL, RED
@@ -82,8 +84,9 @@ class Planner:
         if self._text:
             self._text.splits.clear()
 
+    @file_errors()
     def plan(self, config: RunConfig, measure: bool = False, anew: bool = False) -> Plan:
-        """Every decision of a run; ValueError or OSError where training would raise it, in the same words."""
+        """Every decision of a run; NewLLMError where training would raise it, in the same words."""
         text = self._read(config)
         setup = make_setup(config, prepared=text)
         folder, record, decided, stop = run_folder(setup), {}, {}, ""
@@ -96,7 +99,7 @@ class Planner:
                 stop = refusal_of(setup, folder, record, copy)
             decided = decisions(record, setup.identity)
             setup = make_setup(config, decided, text) if decided else setup
-        except ValueError as error:  # of that run: another folder would do
+        except NewLLMError as error:  # of that run: another folder would do
             stop = str(error)
         setup = _in_pieces(setup, decided)
         return Plan(setup, folder, record, stop, estimate_speed(setup, measure=measure, anew=anew))
@@ -127,14 +130,15 @@ def refusal_of(setup: Setup, folder: Path, record: dict[str, Any], copy: Path | 
     """Why a run cannot go on from what its folder, or a copy of that, holds, in the words of `train`; '' if it can."""
     if not record:
         return ""
-    if copy and record["identity"] != setup.identity:
-        return of_another_run(copy, record["identity"], setup.identity)
+    identity = record.get("identity") or "unknown"
+    if copy and identity != setup.identity:
+        return of_another_run(copy, identity, setup.identity)
     checkpoints = Checkpoints(folder / "checkpoints", folder.name)
     files = Checkpoints((copy or folder) / "checkpoints", folder.name).files()
     newest = checkpoints.folder / files[0].name if files else None
     if newest is None:
-        return checkpoints_gone(checkpoints.folder, record["step"]) if record["best"] else ""
-    if record["identity"] != setup.identity:
+        return checkpoints_gone(checkpoints.folder, record.get("step") or 0) if record["best"] else ""
+    if identity != setup.identity:
         return f"{newest}: {difference(record | {'data_fingerprint': record['data']['fingerprint']}, setup)}"
     train, end = setup.config.train, record.get("decay_steps")
     decays = train.lr_schedule != "constant" and train.decay_steps is None

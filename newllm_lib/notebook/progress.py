@@ -14,7 +14,7 @@ from typing import Any
 from newllm_lib import published
 from newllm_lib.curves import plain_log_axis, set_epoch_axis
 from newllm_lib.diagnose import Row, Spell, best_row, number
-from newllm_lib.formatting import html_text, one_line
+from newllm_lib.escaping import html_text, one_line
 from newllm_lib.mirror import Safety
 from newllm_lib.report import duration
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from newllm_lib import presets
 from newllm_lib.config import RunConfig
+from newllm_lib.errors import ConfigError
+from newllm_lib.files import file_errors
 from newllm_lib.planning import largest_batch, make_setup, memory_estimate_bytes, with_batch
 from newllm_lib.probe.memory import GPUMemory, ProcessMemory, memory_of
 from newllm_lib.probe.store import Store, digest, step_facts
@@ -70,6 +72,7 @@ class BatchChoice:
         ]
 
 
+@file_errors()
 def find_batch(
     config: str | RunConfig = "auto",
     *,
@@ -83,7 +86,7 @@ def find_batch(
 
     policy: fill = the largest that fits `memory_share` of the usable memory; fast = the smallest within 5 % of the
     best speed; recipe = the recipe's own batch, in the largest pieces that fit. About `seconds` long at most (recipe
-    takes what it needs). report: what is told of each try. ValueError for bad settings, or where nothing fits.
+    takes what it needs). report: what is told of each try. ConfigError for bad settings, or where nothing fits.
     """
     config = presets.get(config) if isinstance(config, str) else config
     setup = make_setup(config.replace(**overrides | {"batch_policy": policy}))
@@ -106,9 +109,9 @@ def search_batch(
     """
     train = setup.config.train
     if not 0 < memory_share <= 1:
-        raise ValueError(f"memory_share = {memory_share!r}: must be a number above 0 to 1")
+        raise ConfigError(f"memory_share = {memory_share!r}: must be a number above 0 to 1")
     if policy != "recipe" and train.micro_batch_size:
-        raise ValueError(
+        raise ConfigError(
             f"TrainConfig.micro_batch_size = {train.micro_batch_size}: must be none with batch_policy {policy}, which "
             "finds a batch that fits in one piece"
         )
@@ -274,9 +277,9 @@ class _Search:
         """Whether a try would end in time, going by the largest so far."""
         return time.monotonic() + expected_seconds(largest_that_ran(self.tries), batch) <= self.ends
 
-    def _nothing_fits(self) -> ValueError:
+    def _nothing_fits(self) -> ConfigError:
         last = self.tries[-1]
-        return ValueError(
+        return ConfigError(
             f"not even one sequence at a time fits {self.share:.0%} of the {self.memory.usable_bytes / 2**30:.1f} GiB "
             f"that can be used ({last.reason or last.line()}): a smaller model, a shorter sequence_length or a smaller "
             "eval_batch_size may"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from newllm_lib.files import write_text_atomic
+from newllm_lib.files import read_json, write_text_atomic
 from newllm_lib.hardware import Machine
 from newllm_lib.planning import matrix_parameters
 from newllm_lib.text.prepare import cache_folder
@@ -93,7 +93,7 @@ class Store:
     def _read(self) -> dict[str, Any]:
         empty: dict[str, Any] = {"machine": self._machine, "choices": {}, "speeds": {}}
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = read_json(self.path)
         except (OSError, ValueError):
             return empty
         good = isinstance(found, dict) and found.get("machine") == self._machine

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from newllm_lib.errors import ConfigError
 from newllm_lib.recurrence import fused, reference
 from newllm_lib.recurrence.dropout import Dropout
 from newllm_lib.recurrence.weights import Weights
@@ -20,9 +21,9 @@ ENGINES: dict[str, Callable] = {"reference": reference.recurrence, "fused": fuse
 
 
 def get_engine(name: str) -> tuple[str, Callable]:
-    """The engine called `name` ('auto' = the best), with its real name; ValueError where there is none."""
+    """The engine called `name` ('auto' = the best), with its real name; ConfigError where there is none."""
     if name == "auto":
         name = list(ENGINES)[-1]
     if name not in ENGINES:
-        raise ValueError(f"TrainConfig.engine = {name!r}: must be auto or one of {', '.join(ENGINES)}")
+        raise ConfigError(f"TrainConfig.engine = {name!r}: must be auto or one of {', '.join(ENGINES)}")
     return name, ENGINES[name]

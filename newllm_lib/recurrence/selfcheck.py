@@ -31,7 +31,7 @@ class EngineChoice(NamedTuple):
 def choose_engine(requested: str, precision: Precision, device: str) -> EngineChoice:
     """The engine called `requested` (auto = the best), or the reference where that one fails or disagrees.
 
-    ValueError for an unknown name.
+    ConfigError for an unknown name.
     """
     name, run = get_engine(requested)
     if run is reference.recurrence:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from newllm_lib.config import PAD, ModelConfig, RunConfig, TrainConfig
-from newllm_lib.files import write_text_atomic
+from newllm_lib.errors import ConfigError, TrainingError
+from newllm_lib.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.hardware import (
     Machine,
     choose_precision,
@@ -196,7 +197,13 @@ def memory_bytes(case: Case, data: str) -> int:
     """Peak memory of two steps above what the process held before them (on a GPU: of tensors)."""
     request = json.dumps({"case": dataclasses.asdict(case), "data": data})
     command = [sys.executable, "-m", "newllm_lib.study.bench", request]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    try:
+        return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    except subprocess.CalledProcessError as error:
+        raise TrainingError(
+            f"the process that measures the memory of {case.subject} at batch {case.batch} ended with status "
+            f"{error.returncode}; memory=False (in the shell --no-memory) leaves this out"
+        ) from error
 
 
 def _memory_child(request: str) -> int:
@@ -228,6 +235,7 @@ MEMORY = [Case(subject=name, batch=batch) for name, batch in (("published", 512)
 """Cases whose peak memory is measured, each in a process of its own."""
 
 
+@file_errors()
 def run_bench(
     data: str,
     folder: Path,
@@ -239,7 +247,8 @@ def run_bench(
     """Measure the parts and write bench.json, bench.md and bench.png to a folder; returns what bench.json holds."""
     unknown = sorted(set(parts) - {*PARTS, INFERENCE})
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r}: must be one of {', '.join((*PARTS, INFERENCE))}")
+        raise ConfigError(f"unknown part {unknown[0]!r}: must be one of {', '.join((*PARTS, INFERENCE))}")
+    make_folder(folder)  # before minutes of measuring
     rows = []
     for part in [part for part in parts if part != INFERENCE]:
         report(f"part {part}: {len(PARTS[part])} cases")
@@ -251,7 +260,6 @@ def run_bench(
     result = {"environment": environment(detect()), "data": last_part(data), "rounds": rounds, "rows": rows}
     if INFERENCE in parts:
         result[INFERENCE] = measure_inference(rounds, report)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "bench.json", json.dumps(result, indent=2) + "\n")
     write_text_atomic(folder / "bench.md", table_text(result))
     if set(parts) & set(GROWTH):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from newllm_lib.formatting import markdown_text, plot_text
+from newllm_lib.escaping import markdown_text, plot_text
+from newllm_lib.files import write_atomic
 from newllm_lib.study.bench_inference import inference_text
 
 SERIES = {
@@ -89,4 +91,6 @@ def write_plot(path: Path, result: dict[str, Any]) -> None:
         axes.set_xlabel(GROWTH[part])
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    write_atomic(path, lambda file: file.write(image.getvalue()))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from newllm_lib.formatting import one_line, say, terminal_text
+from newllm_lib.escaping import one_line, say, terminal_text
 from newllm_lib.progress import STOPPING, Progress, in_kernel
 
 _PAUSE_SECONDS = 0.5

@@ -16,13 +16,14 @@ import torch
 from newllm_lib.buffers import BUFFERS
 from newllm_lib.checkpoint import generator_states, restore_generators
 from newllm_lib.config import RunConfig
-from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.errors import ConfigError, TrainingError
+from newllm_lib.files import file_errors, make_folder, write_atomic, write_text_atomic
 from newllm_lib.hardware import cpu_threads
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup
 from newllm_lib.runs import resolve
 from newllm_lib.schedule import clip_norm
-from newllm_lib.step import TrainingError, make_optimizers, optimizer_step, set_rates
+from newllm_lib.step import make_optimizers, optimizer_step, set_rates
 from newllm_lib.text.prepare import prepare
 from newllm_lib.text.tokenizer import Tokenizer
 from newllm_lib.trainer import Setup, epoch_order, mix_seed
@@ -51,7 +52,7 @@ class RangeTest:
     def write(self, folder: str | Path) -> Path:
         """lr_find.csv and lr_find.png in a folder, which is returned."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("rate", "loss", "smoothed"))
@@ -61,6 +62,7 @@ class RangeTest:
         return folder
 
 
+@file_errors()
 def lr_find(
     config: str | RunConfig = "auto",
     *,
@@ -77,14 +79,14 @@ def lr_find(
     config and overrides as for `train`; model: weights to start from instead of new ones, with the tokenizer that they
     belong to (both stay as they are, as do all random number generators). Ends early where the loss runs away.
     report(step, rate, loss) after each step.
-    ValueError for a range that is empty or too few steps.
+    ConfigError for a range that is empty or too few steps.
     """
-    if not 0 < low < high:
-        raise ValueError(f"low = {low!r}, high = {high!r}: must be numbers above 0, low below high")
+    if not 0 < low < high < math.inf:
+        raise ConfigError(f"low = {low!r}, high = {high!r}: must be numbers above 0, low below high")
     if (model is None) != (tokenizer is None):
-        raise ValueError("a model needs the tokenizer that it was trained with, and the other way round: give both")
+        raise ConfigError("a model needs the tokenizer that it was trained with, and the other way round: give both")
     if steps < _LEAST_STEPS:
-        raise ValueError(f"steps = {steps!r}: must be a whole number from {_LEAST_STEPS}")
+        raise ConfigError(f"steps = {steps!r}: must be a whole number from {_LEAST_STEPS}")
     states = generator_states()
     try:
         config = resolve(config, **overrides)
@@ -98,7 +100,7 @@ def lr_find(
 def _copy(setup: Setup, model: NewLLM | None) -> NewLLM:
     if model is not None:
         if model.config.vocab_size != setup.config.model.vocab_size:
-            raise ValueError(
+            raise ConfigError(
                 f"the model has {model.config.vocab_size} ids, the data's tokenizer {setup.config.model.vocab_size}"
             )
         return copy.deepcopy(model).to(setup.machine.device)

@@ -19,8 +19,9 @@ import numpy as np
 
 from newllm_lib import presets, runs
 from newllm_lib.config import PAD, RunConfig
-from newllm_lib.files import write_text_atomic
-from newllm_lib.formatting import csv_text, markdown_list, text_table
+from newllm_lib.errors import ConfigError
+from newllm_lib.escaping import csv_text, markdown_list, text_table
+from newllm_lib.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.hardware import environment
 from newllm_lib.metrics import perplexity
 from newllm_lib.planning import check_batch, make_setup
@@ -118,7 +119,7 @@ class LrScalingStudy:
     def write(self, folder: str | Path) -> Path:
         """study.json, two tables as .csv, lr_scaling.png and lr_scaling.md in a folder, which is returned."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, frame in (("lr_scaling", self.table), ("histories", self.histories)):
             write_text_atomic(folder / f"{name}.csv", csv_text(frame, index=False))
         lr_scaling_report.write_plot(folder / "lr_scaling.png", self.record, self.histories)
@@ -127,6 +128,7 @@ class LrScalingStudy:
         return folder
 
 
+@file_errors()
 def lr_scaling(
     config: str | RunConfig = "small",
     batch_sizes: str | Sequence[int] | None = None,
@@ -148,8 +150,8 @@ def lr_scaling(
     folder, `name` under `results_dir`, holds one grid: its key is made of the text, of every setting that makes a run's
     identity, and of epochs, max_steps, validate_every_steps and precision; None = named by that key. Other batches,
     rules, initialisations and seeds only add runs to it.
-    Raises ValueError for what makes no grid, for a folder of another grid, and for a cell that somebody has trained for
-    longer than the grid plans; KeyboardInterrupt when a run was interrupted (it is saved).
+    Raises ConfigError for what makes no grid, RunError for a folder of another grid and for a cell that somebody has
+    trained for longer than the grid plans; KeyboardInterrupt when a run was interrupted (it is saved).
     """
     grid = GRIDS[config]() if isinstance(config, str) and config in GRIDS else None
     config = (grid.config if grid else runs.resolve(config)).replace(**overrides)
@@ -181,22 +183,22 @@ def _check(config: RunConfig, batch_sizes, rules, initialisations, seeds) -> Non
     named = {"batch_sizes": batch_sizes, "rules": rules, "initialisations": initialisations, "seeds": seeds}
     for name, values in named.items():
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} = {tuple(values)!r}: must be one or more, each once")
+            raise ConfigError(f"{name} = {tuple(values)!r}: must be one or more, each once")
     if unknown := [name for name in initialisations if name not in INITIALISATIONS]:
-        raise ValueError(f"initialisations: {unknown[0]!r} is unknown: must be of {', '.join(INITIALISATIONS)}")
+        raise ConfigError(f"initialisations: {unknown[0]!r} is unknown: must be of {', '.join(INITIALISATIONS)}")
     if wrong := [size for size in batch_sizes if not (isinstance(size, int) and size > 0)]:
-        raise ValueError(f"batch_sizes: {wrong[0]!r}: must be whole numbers from 1 (sequences)")
+        raise ConfigError(f"batch_sizes: {wrong[0]!r}: must be whole numbers from 1 (sequences)")
     for rule in rules:
         parse_rule(rule, 1)
     train = config.train
     if train.lr is not None:
-        raise ValueError(f"TrainConfig.lr = {train.lr:g}: the rules set the rate here; give lr_base, where they start")
+        raise ConfigError(f"TrainConfig.lr = {train.lr:g}: the rules set the rate here; give lr_base, where they start")
     if train.batch_size is None or train.batch_policy != "recipe":
-        raise ValueError(
+        raise ConfigError(
             "TrainConfig.batch_size must be a number here (batch_policy recipe): it is where the rules start"
         )
     if config.data.layout != "windows":
-        raise ValueError(
+        raise ConfigError(
             f"DataConfig.layout = {config.data.layout!r}: must be windows here: a stream has as many lanes as the "
             "batch has sequences, so that cells would not read the same sequences"
         )
@@ -206,7 +208,7 @@ def parse_rule(text: str, batch_base: int) -> tuple[str, int]:
     """A rule and the batch that it starts from: ("linear", 512) for "linear:512", else `batch_base`."""
     name, colon, base = text.partition(":")
     if name not in ("none", "linear", "sqrt") or (colon and not (base.isdecimal() and int(base))):
-        raise ValueError(
+        raise ConfigError(
             f'rules: {text!r}: must be none, linear or sqrt, or with the batch to start from: "linear:512"'
         )
     return name, int(base or batch_base)

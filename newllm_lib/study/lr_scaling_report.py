@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from newllm_lib.escaping import markdown_list, markdown_text, plot_text
 from newllm_lib.files import write_atomic
-from newllm_lib.formatting import markdown_list, markdown_text, plot_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -9,10 +9,10 @@ from typing import Any
 
 from newllm_lib import runs
 from newllm_lib.config import RunConfig, flat_fields
-from newllm_lib.files import write_text_atomic
+from newllm_lib.errors import ConfigError, RunError, TrainingError
+from newllm_lib.files import file_errors, make_folder, read_json, write_text_atomic
 from newllm_lib.progress import Progress
 from newllm_lib.report import read_record
-from newllm_lib.step import TrainingError
 from newllm_lib.trainer import Setup, Trainer
 
 SETTINGS = "settings.json"
@@ -31,16 +31,16 @@ class StudyInterrupted(KeyboardInterrupt):
 
 
 def listed(values: str | Iterable, kind: type = str) -> tuple:
-    """What was given one by one, or as a text with commas; ValueError for a part that is no `kind`."""
+    """What was given one by one, or as a text with commas; ConfigError for a part that is no `kind`."""
     parts = [part.strip() for part in values.split(",")] if isinstance(values, str) else list(values)
     try:
         return tuple(kind(part) for part in parts)
     except ValueError:
-        raise ValueError(f"{values!r}: must be whole numbers with commas between") from None
+        raise ConfigError(f"{values!r}: must be whole numbers with commas between") from None
 
 
 def claim(places: Sequence[Path], key: str, setup: Setup, **more: Any) -> None:
-    """Make folders those of the study of a key; ValueError, and nothing written, where one is another study's.
+    """Make folders those of the study of a key; RunError, and nothing written, where one is another study's.
 
     more: what makes the key beside the text and the settings that make a run's identity; both are named where they
     differ.
@@ -57,30 +57,32 @@ def claim(places: Sequence[Path], key: str, setup: Setup, **more: Any) -> None:
         if earlier.get("key") not in (None, key):
             found = [(name, earlier[name], mine[name]) for name in mine if name != "key" and name in earlier]
             changed = "; ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in found if old != new)
-            raise ValueError(
+            raise RunError(
                 f"{place}: holds a study with other settings{changed and f': {changed}'}. Give this one another name, "
                 "or move that folder away"
             )
     for place in places:
         if not _claimed(place):
-            place.mkdir(parents=True, exist_ok=True)
+            make_folder(place)
             write_text_atomic(place / SETTINGS, json.dumps(mine, indent=2) + "\n")
 
 
 def _claimed(place: Path) -> dict[str, Any]:
     """What makes the study in a folder; of one from before SETTINGS its key, None where it was not kept either."""
-    if (place / SETTINGS).is_file():
-        return json.loads((place / SETTINGS).read_text(encoding="utf-8"))
-    if (place / "study.json").is_file():
-        return {"key": json.loads((place / "study.json").read_text(encoding="utf-8")).get("key")}
+    for name in (SETTINGS, "study.json"):
+        if (place / name).is_file():
+            found = read_json(place / name)
+            if not isinstance(found, dict):
+                raise RunError(f"{place / name}: not what a study writes: must be a dictionary")
+            return found if name == SETTINGS else {"key": found.get("key")}
     return {}
 
 
 def check_length(folder: Path, total_steps: int) -> None:
-    """ValueError where a run has more steps than its study plans: its figures would come from more training."""
+    """RunError where a run has more steps than its study plans: its figures would come from more training."""
     step = read_record(folder).get("step") if (folder / "run.json").is_file() else None
     if step is not None and step > total_steps:
-        raise ValueError(
+        raise RunError(
             f"{folder}: has trained {step:,} steps, and this study plans {total_steps:,}: it was continued on its own, "
             "and would be compared with runs that trained less. Move that folder out of the study, which then trains "
             "this run anew"
@@ -98,7 +100,7 @@ def train_member(
 
     fingerprint: of the data; total_steps: what the study plans for it. A run that breaks down is left as it is, which
     is a result too (`failure_of`). Raises StudyInterrupted where it was interrupted (it is saved, and the same call
-    goes on with it), ValueError as `check_length`.
+    goes on with it), RunError as `check_length`.
     """
     folder = Path(config.results_dir) / config.name
     if not has_ended(config, fingerprint):
@@ -132,4 +134,5 @@ def has_ended(config: RunConfig, fingerprint: str) -> bool:
 def failure_of(folder: Path) -> str | None:
     """Why a run broke down; None where it did not."""
     path = folder / FAILURE
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    with file_errors(path):
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None

@@ -20,8 +20,9 @@ import torch
 from newllm_lib import report as reports
 from newllm_lib import runs
 from newllm_lib.config import RunConfig
-from newllm_lib.files import write_text_atomic
-from newllm_lib.formatting import csv_text, markdown_list, read_csv, say, text_table
+from newllm_lib.errors import ConfigError
+from newllm_lib.escaping import csv_text, markdown_list, say, text_table
+from newllm_lib.files import file_errors, make_folder, read_json, write_text_atomic
 from newllm_lib.hardware import DTYPES, Machine, Precision, choose_precision, environment
 from newllm_lib.model import NewLLM
 from newllm_lib.planning import make_setup
@@ -81,7 +82,7 @@ class PrecisionStudy:
     def write(self, folder: str | Path) -> Path:
         """study.json, steps.csv, validations.csv, precisions.png and precisions.md in a folder, which is returned."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name in ("steps", "validations"):
             write_text_atomic(folder / f"{name}.csv", csv_text(getattr(self, name), index=False))
         precisions_report.write_plot(folder / "precisions.png", self.record, self.steps, self.validations)
@@ -91,10 +92,10 @@ class PrecisionStudy:
 
     @classmethod
     def read(cls, folder: str | Path) -> PrecisionStudy:
-        """The finished study in a folder; FileNotFoundError where there is none."""
+        """The finished study in a folder; FileMissingError where there is none, RunError where it is damaged."""
         folder = Path(folder)
-        record = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        steps, validations = (read_csv(folder / f"{name}.csv") for name in ("steps", "validations"))
+        record = read_json(folder / "study.json")
+        steps, validations = (reports.read_table(folder / f"{name}.csv") for name in ("steps", "validations"))
         return cls(folder, record, steps, validations)
 
 
@@ -107,6 +108,7 @@ class Member(NamedTuple):
     config: RunConfig
 
 
+@file_errors()
 def compare_precisions(
     config: str | RunConfig = "quickstart",
     precisions: str | Sequence[str] = ("fp32", "fp16"),
@@ -122,9 +124,9 @@ def compare_precisions(
     hardware lacks gives way to the nearest 16-bit one, or is emulated (slowly) with `emulate_precision=True`, or where
     that is the only way to have two. control_seed: train a further run in the first format with another seed.
     progress: shows every run, None = as `train` does; report: gets a line before each run. The same call goes on where
-    the last one stopped; what is finished is read. Raises ValueError for formats that make no comparison, for a folder
-    of another study, and for a run that somebody has trained for longer; KeyboardInterrupt when a run was interrupted
-    (it is saved).
+    the last one stopped; what is finished is read. Raises ConfigError for formats that make no comparison, RunError for
+    a folder of another study and for a run that somebody has trained for longer; KeyboardInterrupt when a run was
+    interrupted (it is saved).
     """
     config, precisions = runs.resolve(config, **overrides), listed(precisions)
     setup = make_setup(config.replace(precision="fp32"))
@@ -151,24 +153,24 @@ def compare_precisions(
 
 
 def _check(config: RunConfig, precisions: Sequence[str]) -> None:
-    """ValueError for what makes no comparison."""
+    """ConfigError for what makes no comparison."""
     names = list(DTYPES)
     if len(set(precisions)) < 2 or not set(precisions) <= set(names) or len(set(precisions)) < len(precisions):
-        raise ValueError(f"precisions = {tuple(precisions)!r}: must be two or more of {', '.join(names)}, each once")
+        raise ConfigError(f"precisions = {tuple(precisions)!r}: must be two or more of {', '.join(names)}, each once")
     if config.train.batch_policy != "recipe":
-        raise ValueError(
+        raise ConfigError(
             f"TrainConfig.batch_policy = {config.train.batch_policy!r}: must be recipe here, for all runs have to read "
             "the same batches; give the size with batch_size"
         )
     if config.mirror_dir:
-        raise ValueError(
+        raise ConfigError(
             f"RunConfig.mirror_dir = {config.mirror_dir!r}: not for this study: what it records of each step is not "
             "copied; copy its folder when it is finished"
         )
 
 
 def available_formats(precisions: Sequence[str], machine: Machine, emulate: bool = False) -> list[Precision]:
-    """What a machine runs for the formats asked for, each once; ValueError where that leaves nothing to compare."""
+    """What a machine runs for the formats asked for, each once; ConfigError where that leaves nothing to compare."""
     chosen = [choose_precision(name, machine, emulate) for name in precisions]
     if len({found.name for found in chosen}) == 1:  # nothing of 16 bits: bfloat16 is what a CPU emulates fastest
         chosen = [
@@ -177,7 +179,7 @@ def available_formats(precisions: Sequence[str], machine: Machine, emulate: bool
         ]
     distinct = list({found.name: found for found in chosen}.values())
     if len(distinct) == 1:
-        raise ValueError(
+        raise ConfigError(
             f"precisions = {tuple(precisions)!r}: on {machine.name} they all come down to {distinct[0].name}; compare "
             "with fp32, or let them be emulated (emulate_precision=True, in the shell --emulate-precision)"
         )
@@ -195,7 +197,7 @@ def _more(setup: Setup, formats: list[Precision], control_seed: bool) -> dict[st
 def _finished(folder: Path) -> PrecisionStudy | None:
     """The study in a folder, if it is whole."""
     study = PrecisionStudy.read(folder) if (folder / "study.json").is_file() else None
-    return study if study and study.record["version"] == _VERSION else None
+    return study if study and study.record.get("version") == _VERSION else None
 
 
 def _members(config: RunConfig, formats: list[Precision], control_seed: bool, folder: Path) -> list[Member]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm_lib.curves import plain_log_axis
+from newllm_lib.escaping import markdown_list, markdown_text, plot_text
 from newllm_lib.files import write_atomic
-from newllm_lib.formatting import markdown_list, markdown_text, plot_text
 from newllm_lib.study.rounding import ALL
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from newllm_lib.errors import RunError
 from newllm_lib.hardware import Precision
 from newllm_lib.model import NewLLM
 from newllm_lib.recurrence.selfcheck import choose_engine
@@ -60,7 +61,7 @@ def rounding_errors(setup: Setup, model: NewLLM, format: Precision) -> list[dict
 def gradients(setup: Setup, model: NewLLM, ids: Tensor, format: Precision) -> Gradients:
     """Loss and gradients of a batch of ids (B, S) in a format; the model stays as it is.
 
-    FP16 with a loss scale, as in training. ValueError where no scale makes them finite.
+    FP16 with a loss scale, as in training. RunError where no scale makes them finite.
     """
     trial = copy.deepcopy(model).to(setup.machine.device).train()
     optimizer = torch.optim.SGD(trial.parameters(), lr=0.0)
@@ -80,7 +81,7 @@ def gradients(setup: Setup, model: NewLLM, ids: Tensor, format: Precision) -> Gr
         )
         if not result.skipped:
             return Gradients(result.nll / result.tokens, _by_part(trial))
-    raise ValueError(f"the gradients in {format.name} are not finite with any loss scale")
+    raise RunError(f"the gradients in {format.name} are not finite with any loss scale")
 
 
 def batch_ids(setup: Setup, number: int) -> Tensor:

@@ -24,7 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from newllm_lib.buffers import BUFFERS
 from newllm_lib.config import BOS, EOS, PAD, UNK, DataConfig
-from newllm_lib.formatting import markdown_list, markdown_text
+from newllm_lib.errors import ConfigError, DataError
+from newllm_lib.escaping import markdown_list, markdown_text
+from newllm_lib.files import file_errors
 from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import token_losses
 from newllm_lib.recurrence.selfcheck import choose_engine
@@ -107,6 +109,7 @@ class WordBits(NamedTuple):
     """Predictions, the end included."""
 
 
+@file_errors()
 def compare_models(
     first: str | Path,
     second: str | Path,
@@ -118,37 +121,37 @@ def compare_models(
     """`shared_word_bits` of two places (runs, model folders, checkpoints) on a split of some data.
 
     data: None takes what both were trained on (of a bare model folder that is assumed); other data become texts as the
-    first run's do. ValueError when the two were trained on different texts, when the text has changed or is not known,
-    and when there is no such split.
+    first run's do. ConfigError when the two were trained on different texts, when the text is not known, and when there
+    is no such split; DataError when the text has changed.
     """
     pair = (load_model(first), load_model(second))
     config = next((loaded.config.data for loaded in pair if loaded.config), DataConfig())
     prints = {loaded.fingerprint for loaded in pair} - {None}
     if data is None and len(prints) != 1:
         why = "were trained on different texts" if prints else "do not know what text they were trained on"
-        raise ValueError(f"{first} and {second} {why}: say which to score with data= (in the shell --data)")
+        raise ConfigError(f"{first} and {second} {why}: say which to score with data= (in the shell --data)")
     corpus = load_corpus(dataclasses.replace(config, data=data) if data else config)
     if data is None and corpus.fingerprint not in prints:
-        raise ValueError(
+        raise DataError(
             f"data {config.data}: the text has changed since the runs were trained; to score it all the same, name it "
             "with data= (in the shell --data)"
         )
     if split not in corpus.splits:
-        raise ValueError(f"split {split!r}: the data {corpus.name} has {', '.join(corpus.splits)}")
+        raise ConfigError(f"split {split!r}: the data {corpus.name} has {', '.join(corpus.splits)}")
     return shared_word_bits(*pair, corpus.splits[split], precision=precision)
 
 
 def shared_word_bits(first: Loaded, second: Loaded, texts: list[str], *, precision: str = "fp32") -> SharedWords:
     """What two models pay for the words of texts that both of their tokenizers know.
 
-    A word tokenizer knows the words whose lower-cased form is in its vocabulary, SentencePiece knows all. ValueError
+    A word tokenizer knows the words whose lower-cased form is in its vocabulary, SentencePiece knows all. DataError
     when no word is known to both, or a tokenizer and its model do not belong together.
     """
     paid = [word_bits(loaded, texts, precision=precision) for loaded in (first, second)]
     sizes = np.array([len(word.encode()) + 1 for text in texts for word in text.split()], dtype=np.int64)
     shared = np.concatenate([a.known & b.known for a, b in zip(*paid, strict=True)] or [np.zeros(0, bool)])
     if not shared.any():
-        raise ValueError(f"{len(sizes):,} words, none of which both tokenizers know: there is nothing to compare")
+        raise DataError(f"{len(sizes):,} words, none of which both tokenizers know: there is nothing to compare")
     size, count = int(sizes[shared].sum()), int(shared.sum())
     results = []
     for loaded, found in zip((first, second), paid, strict=True):
@@ -165,7 +168,7 @@ def word_bits(loaded: Loaded, texts: Sequence[str], *, precision: str = "fp32") 
     """What a model pays for each text, word by word: BOS, the text and EOS, read once from an empty context."""
     model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
     encoded = [tokenizer.encode(text) for text in texts]
     token_bytes = None if tokenizer.token_bytes is None else np.array(tokenizer.token_bytes)
     found: list[WordBits | None] = [None] * len(texts)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 import torch
 
-from newllm_lib.files import write_atomic, write_text_atomic
+from newllm_lib.files import file_errors, make_folder, write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
 from newllm_lib.step import StepResult
 from newllm_lib.trainer import Trainer
@@ -101,7 +101,8 @@ class StepLog:
             moved,
             distance,
         )
-        self._writer.writerow(row)
+        with file_errors(self._path, f"cannot write {self._path}"):
+            self._writer.writerow(row)
 
 
 def digest_of(ids: torch.Tensor) -> str:
@@ -133,7 +134,7 @@ class Weights:
         moved = relative_distance(weights, _cpu_weights(beginning))
         path = self.folder / f"{batch}.safetensors"
         if first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             data = safetensors.torch.save(weights)
             write_atomic(path, lambda file: file.write(data))
             return moved, 0.0

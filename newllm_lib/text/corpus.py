@@ -16,7 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 from newllm_lib.config import DataConfig
-from newllm_lib.formatting import shell_word
+from newllm_lib.errors import ConfigError, DataError, FileMissingError, NetworkError
+from newllm_lib.escaping import shell_word
+from newllm_lib.files import DISK_FULL, file_error, file_errors
 from newllm_lib.portable import ELSEWHERE
 
 SPLITS = ("train", "validation", "test")
@@ -49,10 +51,11 @@ class Corpus:
         return digest.hexdigest()
 
 
+@file_errors()
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus that `config.data` names.
 
-    Raises ValueError or FileNotFoundError with the place and what to do when the source is unknown, empty, not
+    Raises DataError, FileError or NetworkError, with the place and what to do, when the source is unknown, empty, not
     UTF-8, lacks a split, or cannot be reached.
     """
     sources = config.data if isinstance(config.data, tuple) else (config.data,)
@@ -77,10 +80,10 @@ def _expand(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise ValueError(f"data {source}: a folder stands alone; several sources must be files or patterns")
+        raise ConfigError(f"data {source}: a folder stands alone; several sources must be files or patterns")
     found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
     if not found:
-        raise FileNotFoundError(
+        raise FileMissingError(
             f"data {source}: no such folder, file or pattern. Give a folder with train.txt and valid.txt, text files, "
             f"or one of: builtin, {', '.join(HUB_CONFIGS)}"
         )
@@ -97,17 +100,17 @@ def _from_folder(folder: Path, unit: str) -> Corpus:
         if split is None:
             continue
         if split in files:
-            raise ValueError(f"data {folder}: both {files[split].name} and {path.name} are the {split} split; keep one")
+            raise DataError(f"data {folder}: both {files[split].name} and {path.name} are the {split} split; keep one")
         files[split] = path
     for split, example in (("train", "train.txt"), ("validation", "valid.txt")):
         if split not in files:
             pattern = shell_word(f"{glob.escape(str(folder))}/*.txt")
             there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise ValueError(
+            raise DataError(
                 f"data {folder}: no {split} split. Name it {example} (or wiki.{example[:5]}.tokens, .raw); the folder "
                 f"holds {there}. For loose text files give a pattern instead: --data {pattern}"
             )
-    return Corpus(folder.resolve().name, {split: read_texts(path, unit) for split, path in files.items()})
+    return Corpus(_shown(folder.resolve().name), {split: read_texts(path, unit) for split, path in files.items()})
 
 
 def _split_of(path: Path) -> str | None:
@@ -125,10 +128,10 @@ def _from_files(paths: list[Path], config: DataConfig) -> Corpus:
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     texts: dict[Path, list[str]] = {}
     for path in paths:
-        if len(paths) == 1 or path.read_bytes().strip():  # a pattern may well meet an empty __init__.py
+        if len(paths) == 1 or _bytes(path).strip():  # a pattern may well meet an empty __init__.py
             texts[path] = read_texts(path, config.text_unit)
     if not texts:
-        raise ValueError(f"data {paths[0]} and {len(paths) - 1} more: all of these files are empty")
+        raise DataError(f"data {paths[0]} and {len(paths) - 1} more: all of these files are empty")
     groups = list(texts.values())
     if config.text_unit == "file":
         groups = [list(itertools.chain.from_iterable(groups))]
@@ -138,12 +141,17 @@ def _from_files(paths: list[Path], config: DataConfig) -> Corpus:
             splits[split].extend(part)
     for split in SPLITS:
         if not splits[split]:
-            raise ValueError(
+            raise DataError(
                 f"data {paths[0]}: {sum(map(len, splits.values()))} texts (one a {config.text_unit}) are too few for "
                 f"a {split} split of their own; give more text, or a folder with train.txt and valid.txt"
             )
     name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}+{len(paths) - 1}"
-    return Corpus(name, splits)
+    return Corpus(_shown(name), splits)
+
+
+def _shown(name: str) -> str:
+    """A file's name as text: bytes in it that are not UTF-8 become escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def split_texts(
@@ -160,25 +168,27 @@ def split_texts(
 
 def read_texts(path: Path, unit: str) -> list[str]:
     """The non-blank texts of a UTF-8 file: its lines, its paragraphs, or all of it."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise OSError(f"data {path}: cannot be read ({error.strerror})") from error
+    raw = _bytes(path)
     if b"\0" in raw[:65_536]:
-        raise ValueError(f"data {path}: holds NUL bytes, so it is a binary file or UTF-16; save it as UTF-8 text")
+        raise DataError(f"data {path}: holds NUL bytes, so it is a binary file or UTF-16; save it as UTF-8 text")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         start = error.start + len(raw) - len(error.object)  # the decoder counts from behind a byte order mark
         line = raw.count(b"\n", 0, start) + 1
-        raise ValueError(
+        raise DataError(
             f"data {path}: not UTF-8 at byte {start} (line {line}); convert it, for example: "
             f"iconv -f latin1 -t utf-8 -- {shell_word(path)}"
         ) from error
     texts = split_units(text, unit)
     if not texts:
-        raise ValueError(f"data {path}: the file is empty; it must hold at least one non-blank line")
+        raise DataError(f"data {path}: the file is empty; it must hold at least one non-blank line")
     return texts
+
+
+def _bytes(path: Path) -> bytes:
+    with file_errors(path, f"data {path}: cannot be read"):
+        return path.read_bytes()
 
 
 def split_units(text: str, unit: str) -> list[str]:
@@ -241,7 +251,9 @@ def _load_hub_dataset(config_name: str, name: str):
         with _offline(datasets):
             return datasets.load_dataset(HUB_REPOSITORY, config_name)
     except Exception as error:  # datasets raises a dozen unrelated classes for "cannot be had"
-        raise ConnectionError(
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise file_error(error, error.filename or "the cache of Hugging Face", f"data {name}") from error
+        raise NetworkError(
             f"data {name}: cannot be loaded from the Hugging Face hub ({HUB_REPOSITORY}), nor is it in the local "
             f"cache. Go online, or set data (in the shell --data) to a folder with train.txt and valid.txt, or to "
             f"builtin. [{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}]"

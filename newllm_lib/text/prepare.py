@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from newllm_lib.config import UNK, RunConfig
+from newllm_lib.errors import ConfigError, DataError
 from newllm_lib.files import write_atomic
 from newllm_lib.text.corpus import Corpus, load_corpus
 from newllm_lib.text.sequences import EncodedTexts, stream, target_lengths, windows
@@ -78,12 +79,12 @@ class Prepared:
         """The arrays of a split; `lanes` is the batch of a stream (None = that of the evaluation)."""
         data, measures = self.config.data, self._measures(name)
         if name not in self.texts:
-            raise ValueError(f"split {name!r}: the data {self.corpus_name} has {', '.join(self.texts)}")
+            raise ConfigError(f"split {name!r}: the data {self.corpus_name} has {', '.join(self.texts)}")
         if data.layout == "stream":
             return Split(stream(self.texts[name], data.sequence_length, lanes or data.eval_lanes), True, *measures)
         ids = windows(self.texts[name], data.sequence_length, data.stride, data.min_words)
         if not len(ids):
-            raise ValueError(
+            raise DataError(
                 f"data {self.corpus_name}: no text of the {name} split has {data.min_words} words or more "
                 "(DataConfig.min_words)"
             )

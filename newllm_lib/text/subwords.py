@@ -18,6 +18,7 @@ from typing import Any
 import sentencepiece
 
 from newllm_lib.config import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
+from newllm_lib.errors import ConfigError, DataError
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """How SentencePiece writes a space; in a text of its own it is given as bytes, or it would come back as a space."""
@@ -30,7 +31,7 @@ _LEAST_PIECES = 32
 class SentencePieceTokenizer:
     """A SentencePiece model with byte fallback and this library's special ids 0 to 3.
 
-    model: the serialised model file. ValueError for one that cannot be read or was made in another way.
+    model: the serialised model file. DataError for one that cannot be read or was made in another way.
     """
 
     kind = "sentencepiece"
@@ -40,12 +41,12 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError("the SentencePiece model cannot be read: it is damaged") from error
+            raise DataError("the SentencePiece model cannot be read: it is damaged") from error
         processor = self._processor
         ids = (processor.pad_id(), processor.unk_id(), processor.bos_id(), processor.eos_id())
         first_byte = processor.piece_to_id("<0x00>")
         if ids != (PAD, UNK, BOS, EOS) or not processor.is_byte(first_byte):
-            raise ValueError(
+            raise DataError(
                 f"the SentencePiece model has the special ids {ids} and "
                 f"{'byte' if processor.is_byte(first_byte) else 'no byte'} pieces: must be (0, 1, 2, 3), with byte "
                 "fallback; train it with this library"
@@ -56,17 +57,17 @@ class SentencePieceTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int, model: str = "bpe") -> SentencePieceTokenizer:
         """A model ('bpe' or 'unigram') of at most `vocab_size` ids; the same texts give the same model.
 
-        ValueError when vocab_size leaves no room beside the special tokens and the 256 bytes, or there is no text.
+        ConfigError when vocab_size leaves no room beside the special tokens and the 256 bytes; DataError without text.
         """
         least = len(SPECIAL_TOKENS) + _BYTES + _LEAST_PIECES
         if vocab_size < least:
-            raise ValueError(
+            raise ConfigError(
                 f"ModelConfig.vocab_size = {vocab_size!r}: must be at least {least} for a SentencePiece tokenizer, "
                 f"{_BYTES} of which are single bytes"
             )
         lines = [line for text in texts for line in text.splitlines(keepends=True)]
         if not lines:
-            raise ValueError("the training text holds no character")
+            raise DataError("the training text holds no character")
         out = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -93,7 +94,7 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ValueError(f"SentencePiece cannot train on this text: {error}") from error
+            raise DataError(f"SentencePiece cannot train on this text: {error}") from error
         return cls(out.getvalue())
 
     @property

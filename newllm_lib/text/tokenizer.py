@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from newllm_lib.config import BOS, EOS, PAD, SPECIAL_TOKENS, UNK, DataConfig
+from newllm_lib.errors import ConfigError, DataError
 
 
 class Tokenizer(Protocol):
@@ -53,20 +54,20 @@ class WordTokenizer:
         self.words = (*SPECIAL_TOKENS, *words)
         self._ids = _Table({word: index for index, word in enumerate(words, start=len(SPECIAL_TOKENS))})
         if len(self._ids) != len(words):
-            raise ValueError("the vocabulary holds a word twice")
+            raise DataError("the vocabulary holds a word twice")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> WordTokenizer:
-        """The vocabulary of at most `vocab_size` ids, the special ones included; ValueError when no word is left."""
+        """The vocabulary of at most `vocab_size` ids, the special ones included; DataError when no word is left."""
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(text.lower().split())
         counts.pop("<unk>", None)
         room = vocab_size - len(SPECIAL_TOKENS)
         if room < 1:
-            raise ValueError(f"ModelConfig.vocab_size = {vocab_size!r}: must be at least {len(SPECIAL_TOKENS) + 1}")
+            raise ConfigError(f"ModelConfig.vocab_size = {vocab_size!r}: must be at least {len(SPECIAL_TOKENS) + 1}")
         if not counts:
-            raise ValueError("the training text holds no word")
+            raise DataError("the training text holds no word")
         return cls([word for word, _ in counts.most_common(room)])  # most_common keeps first-seen order among ties
 
     @property
@@ -100,7 +101,7 @@ class WordTokenizer:
 
 
 def train_tokenizer(config: DataConfig, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer that `config` names, trained on the texts; ValueError when they or vocab_size do not suffice."""
+    """The tokenizer that `config` names, trained on the texts; DataError or ConfigError where they do not suffice."""
     if config.tokenizer == WordTokenizer.kind:
         return WordTokenizer.train(texts, vocab_size)
     from newllm_lib.text.subwords import SentencePieceTokenizer  # a library that word runs need not load
@@ -109,12 +110,12 @@ def train_tokenizer(config: DataConfig, texts: Iterable[str], vocab_size: int) -
 
 
 def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` wrote; ValueError for a kind that this version does not know."""
+    """The tokenizer that `to_dict` wrote; DataError for a kind that this version does not know."""
     kind = values.get("kind")
     if kind == WordTokenizer.kind:
         return WordTokenizer.from_dict(values)
     if kind != "sentencepiece":
-        raise ValueError(f"tokenizer kind {kind!r}: this version knows {WordTokenizer.kind!r} and 'sentencepiece'")
+        raise DataError(f"tokenizer kind {kind!r}: this version knows {WordTokenizer.kind!r} and 'sentencepiece'")
     from newllm_lib.text.subwords import SentencePieceTokenizer
 
     return SentencePieceTokenizer.from_dict(values)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from newllm_lib import formatting as f
+from newllm_lib import escaping as f
 
 SCRIPT = '<script a="1">x</script>'
 TEXTS = st.text(st.characters(codec=None, exclude_categories=()), max_size=60)
