@@ -136,8 +136,9 @@ def _recorded(path: Path) -> list[dict[str, Any]]:
     """The contents that the sidecar names, the newest first; empty without a readable sidecar."""
     try:
         entries = read_json(sidecar(path))["contents"]
-        return [entry for entry in entries if {"sha256", "step", "bytes"} <= set(entry)]
-    except (OSError, ValueError, KeyError, TypeError):
+        kinds = {"sha256": str, "step": int, "bytes": int}
+        return [entry for entry in entries if all(isinstance(entry.get(name), kind) for name, kind in kinds.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

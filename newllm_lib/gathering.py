@@ -58,6 +58,7 @@ def gather(
     return list(found.values())
 
 
+@file_errors()
 def _run_at(path: Path, results_dir: str | Path, report: Callable[[str], None]) -> Run | None:
     """The run of a folder or a bundle, None where the path is neither."""
     if (path / "run.json").is_file():

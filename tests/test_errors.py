@@ -438,6 +438,7 @@ GARBAGE = {
     "empty": b"", "a table": b"a,b\n1,x\n", "not UTF-8": b"\xff\xfe\xfa", "not JSON": b"{", "a list": b"[]",
     "a number": b"7", "NUL": bytes(99), "deep": b"[" * 100_000, "a zip's start": b"PK\x03\x04" + bytes(60),
     "an object": b'{"kind": 3, "words": [3]}',
+    "a sidecar": b'{"contents": [{"sha256": 1, "step": "x", "bytes": 2}, 3]}',
 }  # fmt: skip
 
 
