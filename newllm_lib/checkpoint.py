@@ -24,7 +24,13 @@ import safetensors.torch
 import torch
 
 from newllm_lib.config import ModelConfig, RunConfig
-from newllm_lib.errors import CheckpointError, ConfigError, DataError, NewerCheckpointError
+from newllm_lib.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NewerCheckpointError,
+    NoModelError,  # noqa: F401 (for those who know it from here)
+)
 from newllm_lib.files import copy_atomic, make_folder, read_json, sha256_of, write_atomic, write_text_atomic
 from newllm_lib.model import NewLLM
 from newllm_lib.settings import build

@@ -12,6 +12,7 @@ import shlex
 from typing import Any
 
 from newllm_lib.config import NAMED_TEXTS, flat_fields
+from newllm_lib.errors import RunError
 from newllm_lib.escaping import shell_command
 
 ELSEWHERE = "elsewhere:"
@@ -40,11 +41,11 @@ def portable(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def received(record: dict[str, Any]) -> dict[str, Any]:
-    """A run's record from elsewhere as it is kept here; ValueError where it is none that this library has written."""
+    """A run's record from elsewhere as it is kept here; RunError where it is none that this library has written."""
     try:
         return _with_configs(record, received_config)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"run.json is damaged: not what a run writes ({error!r})") from error
+        raise RunError(f"run.json is damaged: not what a run writes ({error!r})") from error
 
 
 def portable_command(command: str) -> str:

@@ -87,7 +87,7 @@ def test_a_run_goes_on_to_a_new_total_from_its_folder_its_name_or_as_the_newest(
 def test_a_bundle_goes_on_and_its_hash_is_checked(newllm, trained, tmp_path):
     assert newllm("bundle", "results/small", "--checkpoint", "--out", "small.zip").exit_code == 0
     digest = hashlib.sha256((tmp_path / "small.zip").read_bytes()).hexdigest()
-    there = ("--results-dir", "there")
+    there = ("--results-dir", "there", "--data", "text")
     more = newllm("continue", "small.zip", "--sha256", digest, "--max-steps", 8, *there, "--json")
     assert json.loads(more.stdout)["step"] == 8
     assert (tmp_path / "there" / "small" / "model" / "model.safetensors").is_file()

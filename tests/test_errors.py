@@ -535,7 +535,7 @@ def test_bytes_that_are_no_character_are_no_bug(newllm):
     )
     trained = newllm("train", "quickstart", *SMALL, "--data", "caf\udce9.txt", "--name", "new")
     assert trained.exit_code == 0, trained.output
-    assert r"caf\udce9" in Path("results/new/report.md").read_text()
+    assert r"caf<span>&#92;</span>udce9" in Path("results/new/report.md").read_text()
     plan = newllm("train", "quickstart", *SMALL, "--data", "caf\udce9.txt", "--name", "new", "--plan")
     assert r"caf\udce9" in plan.stdout
     spoken = CliRunner().invoke(main, ["generate", RUN, "--interactive"], input=b"\xff\n")

@@ -109,7 +109,7 @@ def test_a_history_with_texts_is_no_formula_and_comes_back(tmp_path):
     assert report.history_rows(tmp_path) == rows
     report.write_history(tmp_path, [rows[0] | {"clip": SHEET}])
     assert "'=HYPERLINK" in (tmp_path / "history.csv").read_text()
-    assert report.read_history(tmp_path)["clip"][0] == SHEET
+    assert report.read_table(tmp_path / "history.csv")["clip"][0] == SHEET
     with pytest.raises(ValueError, match=r"history\.csv: line 2: could not convert .*; the file is damaged"):
         report.history_rows(tmp_path)
 

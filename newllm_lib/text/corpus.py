@@ -60,7 +60,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     sources = config.data if isinstance(config.data, tuple) else (config.data,)
     if found := [source.removeprefix(ELSEWHERE) for source in sources if source.startswith(ELSEWHERE)]:
-        raise ValueError(
+        raise DataError(
             f"data {', '.join(found)}: this text is on the machine that the run came from. Pass where it is on this "
             "one: data=... (in the shell --data, in the notebook DATA)"
         )
