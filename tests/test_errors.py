@@ -366,6 +366,15 @@ DENIED = {
 }
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "newllm_lib", "presets"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.stderr.startswith("Error: cannot write to standard output: No space left on device\n")
+    assert "Traceback" not in ended.stderr
+
+
 def test_what_is_not_permitted_is_told_with_the_path(no_permission):
     """Real refusals of the system; as root the effective user is changed, since root may do everything."""
     for named, commands in DENIED.items():

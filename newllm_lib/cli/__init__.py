@@ -6,9 +6,11 @@ Results go to standard output, progress and messages to standard error. Exit sta
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -34,6 +36,16 @@ class Messages(click.Group):
             if os.environ.get("NEWLLM_DEBUG"):
                 raise
             raise click.ClickException(terminal_text(error) or "memory ran out") from error
+        except OSError as error:
+            if error.errno == errno.EPIPE or not _is_of_the_output(error):  # click knows what to do of a closed pipe
+                raise
+            raise click.ClickException(f"cannot write to standard output: {error.strerror}") from error
+
+
+def _is_of_the_output(error: OSError) -> bool:
+    """Whether what was printed could not be written: a disk behind `newllm ... > file` may be full."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code is click.echo.__code__
 
 
 @click.group(cls=Messages, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118})
