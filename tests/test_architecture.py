@@ -202,7 +202,18 @@ def test_no_file_holds_a_path_of_one_machine(repository):
 
 # --- the newest Python ------------------------------------------------------------------------------------------
 
-TORCH_FREE = ["settings", "config", "schedule", "published", "presets", "files", "text.corpus", "text.tokenizer"]
+TORCH_FREE = [
+    "settings",
+    "config",
+    "formatting",
+    "portable",
+    "schedule",
+    "published",
+    "presets",
+    "files",
+    "text.corpus",
+    "text.tokenizer",
+]
 NUMPY_ONLY = ["text.sequences", "text.prepare"]
 
 
@@ -247,8 +258,8 @@ def test_the_top_level_holds_what_the_design_names_and_nothing_else(repository):
         pytest.skip("not a checkout")
     tracked = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True).stdout
     assert {name.split("/")[0] for name in tracked.splitlines()} == {
-        ".ci", ".gitignore", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "newllm_lib",
-        "notebooks", "pyproject.toml", "results", "setup.py", "tests",
+        ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt",
+        "newllm_lib", "notebooks", "pyproject.toml", "results", "setup.py", "tests",
     }  # fmt: skip
 
 
