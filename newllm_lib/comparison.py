@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from newllm_lib import published as series
 from newllm_lib import report
 from newllm_lib.config import ModelConfig, TrainConfig, flat_fields
+from newllm_lib.curves import set_perplexity_axis
 from newllm_lib.errors import ConfigError, FileMissingError, RunError
 from newllm_lib.escaping import csv_text, markdown_list, markdown_text, plot_text, text_table
 from newllm_lib.files import file_errors, make_folder, write_atomic, write_text_atomic
@@ -43,6 +45,7 @@ COLUMNS = {  # name: type in pandas, format, and title where it is printed
 """Scores are those of the best validation, costs those up to the last one; seconds are of training alone."""
 
 _SET_UP = list(COLUMNS)[2 : list(COLUMNS).index("val_ppl")]
+_SCORES = [name for name in COLUMNS if name not in _SET_UP]
 _PROTOCOL = {
     "tokenizer": "", "sentencepiece_model": "sentencepiece", "vocab_size": "", "layout": "", "sequence_length": "",
     "stride": "windows", "min_words": "windows", "eval_lanes": "stream",
@@ -98,6 +101,12 @@ class Entry:
                 value = float(self.values[name])
                 self.values[name] = (round(value) if kind == "Int64" else value) if math.isfinite(value) else None
 
+    def without_place(self) -> Entry:
+        """The same without the folder's path."""
+        return replace(
+            self, values=self.values | {"folder": self.values["folder"] and Path(self.values["folder"]).name}
+        )
+
 
 @dataclass
 class Comparison:
@@ -148,11 +157,10 @@ def compare(runs, *, published: bool = True, out: str | Path | None = None):
 def collect(runs, *, published: bool = True) -> Comparison:
     """What `compare` shows; see there."""
     runs = [runs] if isinstance(runs, (str, Path)) or hasattr(runs, "folder") else runs
-    folders = list({(path := Path(getattr(run, "folder", run))).resolve(): path for run in runs}.values())
+    folders = {(path := Path(getattr(run, "folder", run))).resolve(): path for run in runs}
     if not folders:
         raise ConfigError("compare() needs at least one run")
-    names = [folder.resolve().name for folder in folders]
-    entries = [_read(path, n if names.count(n) == 1 else str(path)) for path, n in zip(folders, names, strict=True)]
+    entries = list(map(_read, folders.values(), _labels(list(folders))))
     notes = []
     if published and any(entry.scored.digest == series.VALIDATION_DIGEST for entry in entries):
         entries += [_published(name, known) for name, known in series.RUNS.items() if known.best_ppl]
@@ -162,6 +170,12 @@ def collect(runs, *, published: bool = True) -> Comparison:
     groups = _group(entries)
     entries.sort(key=lambda entry: (list(groups).index(entry.values["group"]), entry.values["rank"] or math.inf))
     return Comparison(entries, groups, [*_group_notes(entries, groups), *notes])
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    """The name of each folder, and of several with one name so much of their paths as tells them apart."""
+    alike = [[other.parent for other in folders if other.name == path.name] for path in folders]
+    return [os.path.relpath(path, os.path.commonpath(same)) for path, same in zip(folders, alike, strict=True)]
 
 
 def _read(folder: Path, label: str) -> Entry:
@@ -280,7 +294,8 @@ def _group_notes(entries: list[Entry], groups: dict[str, Scored]) -> list[str]:
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """comparison.md, .csv, .json and .png, each whole."""
+    """comparison.md, .csv, .json and .png, each whole, and of a run's folder no more than its name."""
+    comparison = replace(comparison, entries=[entry.without_place() for entry in comparison.entries])
     make_folder(folder)
     image, options = picture(comparison), {"format": "png", "dpi": 110, "metadata": {"Software": None}}
     write_atomic(folder / "comparison.png", lambda file: image.savefig(file, **options))
@@ -295,10 +310,7 @@ def table_text(comparison: Comparison) -> str:
     rows, parts = comparison.rows(), []
     for letter, scored in comparison.groups.items():
         group = [row for row in rows if row["group"] == letter]
-        parts += [
-            f"## {letter}: {markdown_text(scored)}",
-            _table(group, [name for name in COLUMNS if name not in _SET_UP]),
-        ]
+        parts += [f"## {letter}: {markdown_text(scored)}", _table(group, _SCORES)]
         if ranked := [row for row in group if row["rank"] and not row["published"]]:
             best, name = ranked[0], markdown_text(ranked[0]["run"])
             parts.append(f"Best of these runs: #{best['number']} {name}, PPL {best['val_ppl']:.2f}.")
@@ -365,7 +377,7 @@ def picture(comparison: Comparison):
             axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
     if drawn:
         ppls = [row["val_ppl"] for _, entry in drawn for row in entry.curve]
-        _scale_perplexity(panels[0], min(ppls), max(ppls))
+        set_perplexity_axis(panels[0], min(ppls), max(ppls))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8 if len(handles) <= 24 else 6)
     return figure
 
@@ -390,15 +402,3 @@ def _scale_cost(axes, what: str, low: float, high: float) -> None:
         every = ticker.MultipleLocator(next((time for time in _TIMES if high <= 6 * time), high))
         axes.xaxis.set_major_locator(ticker.FixedLocator(_TIMES[::3]) if high > 20 * low else every)
         axes.xaxis.set_major_formatter(lambda seconds, _: report.duration(seconds))
-
-
-def _scale_perplexity(axes, low: float, high: float) -> None:
-    from matplotlib import ticker
-
-    if high > 2.5 * low:
-        axes.set_yscale("log")
-        few = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
-        axes.yaxis.set(major_locator=ticker.LogLocator(subs=few), minor_locator=ticker.NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
-    if high > 50 * low:
-        axes.set(ylim=(0.9 * low, 50 * low), ylabel="cut at 50 x the lowest")  # or one that diverged flattens all

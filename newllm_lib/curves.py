@@ -104,6 +104,19 @@ def plain_log_axis(axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
+def set_perplexity_axis(axes, low: float, high: float) -> None:
+    """Perplexities from low to high: logarithmic where they are far apart, cut where one diverged."""
+    from matplotlib import ticker
+
+    if high > 2.5 * low:
+        axes.set_yscale("log")
+        few = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
+        axes.yaxis.set(major_locator=ticker.LogLocator(subs=few), minor_locator=ticker.NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+    if high > 50 * low:
+        axes.set(ylim=(0.9 * low, 50 * low), ylabel="cut at 50 x the lowest")  # or one that diverged flattens all
+
+
 def _plot_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:
     dashed = {"color": _GREY, "linestyle": "--", "linewidth": 1.5}
     label = f"published: {known.title}"

@@ -55,7 +55,7 @@ would make a link of any kind, javascript: too."""
 
 def html_text(value: Any) -> str:
     """Text between the tags of a page: no tag, no entity and no formula of its own. Line ends stay."""
-    return re.sub(r"[$\\]", lambda match: _MATHS[match[0]], html_attribute(value))
+    return re.sub(r"\$|\\(?=\S)", lambda match: _MATHS[match[0]], html_attribute(value))
 
 
 def html_attribute(value: Any) -> str:

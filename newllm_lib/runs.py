@@ -277,7 +277,7 @@ def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirro
         raise
     except TrainingError as error:
         newest = next(iter(trainer.checkpoints.files()), None)
-        where = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        where = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
         raise TrainingError(f"{error}. Stopped at step {trainer.state.step:,}; {where}") from error
     finally:
         progress.close()

@@ -41,16 +41,16 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def hostile_bundle(folder: Path, target: Path) -> Path:
+def hostile_bundle(folder: Path, target: Path, **changes) -> Path:
     """A run of one epoch, its record, report and card replaced, as a bundle with right hashes.
 
-    folder: for the text (in DATA_NAME) and the run.
+    folder: for the text (in DATA_NAME) and the run. changes: of the record, after that.
     """
     config = tiny_config(write_text(folder / DATA_NAME), results_dir=str(folder / "sender"), name=RUN_NAME, epochs=1)
     run = nl.train(config.replace(preset=EVERYTHING), progress=Progress())
     with zipfile.ZipFile(nl.bundle(run, folder / "honest.zip", checkpoint=True)) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if name != "MANIFEST.json"}
-    record = hostile_record(json.loads(files["run.json"]), folder)
+    record = hostile_record(json.loads(files["run.json"]), folder) | changes
     raw = f"{EVERYTHING}\n\n{FENCE}\n\n{SCRIPT}\n".encode()
     files |= {"run.json": json.dumps(record).encode(), "report.md": raw, "model/README.md": raw}
     return write_zip(files, RUN_NAME, target)

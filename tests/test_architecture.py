@@ -209,6 +209,7 @@ TORCH_FREE = [
     "errors",
     "settings",
     "config",
+    "portable",
     "schedule",
     "published",
     "presets",

@@ -87,8 +87,12 @@ def test_a_run_goes_on_to_a_new_total_from_its_folder_its_name_or_as_the_newest(
 def test_a_bundle_goes_on_and_its_hash_is_checked(newllm, trained, tmp_path):
     assert newllm("bundle", "results/small", "--checkpoint", "--out", "small.zip").exit_code == 0
     digest = hashlib.sha256((tmp_path / "small.zip").read_bytes()).hexdigest()
-    there = ("--results-dir", "there", "--data", "text")
-    more = newllm("continue", "small.zip", "--sha256", digest, "--max-steps", 8, *there, "--json")
+    there = ("--results-dir", "there")
+    unnamed = newllm("continue", "small.zip", "--sha256", digest, "--max-steps", 8, "--results-dir", "unnamed")
+    assert (unnamed.exit_code, unnamed.stdout) == (FAILED, "")
+    assert "Pass where it is on this one: data=... (in the shell --data" in unnamed.stderr
+    text = json.loads((tmp_path / "results" / "small" / "run.json").read_text())["config"]["data"]["data"]
+    more = newllm("continue", "small.zip", "--sha256", digest, "--max-steps", 8, *there, "--json", "--data", text)
     assert json.loads(more.stdout)["step"] == 8
     assert (tmp_path / "there" / "small" / "model" / "model.safetensors").is_file()
     other = newllm("continue", "small.zip", "--sha256", "0" * 64, "--results-dir", "elsewhere")

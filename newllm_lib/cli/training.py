@@ -62,7 +62,8 @@ def continue_(place: str, sha256: str | None, plan_only: bool, as_json: bool, **
 
     PLACE is the run's folder or name, a bundle with a checkpoint, a checkpoint file, or the id of such a file on Google
     Drive; left out, it is the newest run of --results-dir and of the copies in --mirror-dir. A rate that decays to an
-    end gets a new end. --data says where the run's text lies, if that is not where it was.
+    end gets a new end. --data says where the run's text is, if it has moved or the run came from another machine:
+    a path in a bundle or a checkpoint is never followed.
     """
     from newllm_lib import continuing
 
