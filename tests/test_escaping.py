@@ -24,7 +24,7 @@ from newllm_lib.notebook import colab
 from newllm_lib.notebook.panel_fields import Setting
 from newllm_lib.notebook.panel_plan import refused_html
 from newllm_lib.notebook.progress import View, page, summary
-from newllm_lib.progress import TerminalProgress
+from newllm_lib.progress import Progress, TerminalProgress
 from newllm_lib.recorder import command as called
 from newllm_lib.study import bench_report, lr_scaling_report, precisions_report
 from newllm_lib.study.live_line import LiveLine
@@ -299,7 +299,7 @@ def test_a_run_of_ours_is_shown_as_before(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "write_curves", lambda *args: None)
     run = nl.train(
         tiny_config(write_text(tmp_path / "wiki_text-2.5"), results_dir=str(tmp_path), name="l4_fp16-1", epochs=1),
-        progress=nl.runs.Progress(),
+        progress=Progress(),
     )
     assert run.report.startswith("# l4_fp16-1\n")
     assert "| data | wiki_text-2.5: 40 training" in run.report
