@@ -17,39 +17,39 @@ _HOMES = {
     "DataConfig": "config",
     "TrainConfig": "config",
     "RunConfig": "config",
-    "NewLLM": "model",
-    "Metrics": "metrics",
-    "Writer": "writing",
-    "generate_text": "writing",
-    "generate_texts": "writing",
-    "stream_text": "writing",
-    "Run": "runs",
-    "train": "runs",
-    "plan": "runs",
+    "NewLLM": "model.newllm",
+    "Metrics": "evaluation",
+    "Writer": "generation",
+    "generate_text": "generation",
+    "generate_texts": "generation",
+    "stream_text": "generation",
+    "Run": "runs.run",
+    "train": "runs.api",
+    "plan": "runs.api",
     "Panel": "notebook.panel",
-    "load": "runs",
-    "evaluate": "runs",
-    "load_model": "runs",
-    "find_batch": "probe",
-    "lr_find": "study.lr_range",
-    "compare_precisions": "study.precisions",
-    "lr_scaling": "study.lr_scaling",
-    "compare": "comparison",
-    "import_checkpoint": "importing",
-    "import_run": "importing",
-    "export": "sharing",
-    "bundle": "sharing",
-    "archive": "sharing",
-    "open_bundle": "sharing",
-    "fetch": "fetching",
-    "adopt": "adopting",
+    "load": "runs.api",
+    "evaluate": "runs.api",
+    "load_model": "runs.run",
+    "find_batch": "tuning",
+    "lr_find": "tuning.lr_finder",
+    "compare_precisions": "studies.precision.study",
+    "lr_scaling": "studies.lr_scaling.study",
+    "compare": "reporting.comparison_report",
+    "import_checkpoint": "sharing.legacy",
+    "import_run": "sharing.legacy",
+    "export": "sharing.export",
+    "bundle": "sharing.bundle",
+    "archive": "sharing.bundle",
+    "open_bundle": "sharing.bundle",
+    "fetch": "sharing.google_drive",
+    "adopt": "sharing.from_file",
     "storage": "notebook.colab",
     "offer_download": "notebook.colab",
     "flush_drive": "notebook.colab",
-    "gather": "gathering",
-    "extended": "continuing",
-    "find_run": "continuing",
-    "side_by_side": "gathering",
+    "gather": "sharing.find_runs",
+    "extended": "runs.extend",
+    "find_run": "sharing.find_runs",
+    "side_by_side": "runs.api",
 }
 _ERRORS = (
     "NewLLMError", "ConfigError", "DataError", "RunError", "TrainingError", "PartialUpdateError",
@@ -58,14 +58,24 @@ _ERRORS = (
     "NetworkError", "DownloadError",
 )  # fmt: skip
 _HOMES |= dict.fromkeys(_ERRORS, "errors")
-_MODULES = ("presets", "published", "schedule", "config", "report", "checkpoint", "hardware", "probe")
+_MODULES = {
+    "presets": "config.presets",
+    "published": "config.published",
+    "schedule": "training.schedule",
+    "config": "config",
+    "report": "reporting.report",
+    "checkpoint": "training.checkpoint",
+    "hardware": "system.hardware",
+    "probe": "tuning",
+}
+"""Modules that users reach from here, and where they are: these names stay when a file moves."""
 
 __all__ = list(_HOMES) + list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"newllm_lib.{name}")
+        return importlib.import_module(f"newllm_lib.{_MODULES[name]}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"newllm_lib.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'newllm_lib' has no attribute {name!r}")

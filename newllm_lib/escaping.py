@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
+
 
 _ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that act instead of being seen: controls (ESC among them), those that turn the direction of writing or
@@ -48,6 +51,7 @@ def say(text: Any, file: TextIO | None = None) -> None:
 
 # --- a page -----------------------------------------------------------------------------------------------------
 
+
 _MATHS = {"$": "<span>$</span>", "\\": "<span>\\</span>"}
 r"""MathJax, which notebooks run over every output, pairs $ with $ and \( with \) within one element only. Its \href
 would make a link of any kind, javascript: too."""
@@ -64,6 +68,7 @@ def html_attribute(value: Any) -> str:
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------
+
 
 _MARKDOWN = re.compile(
     r"""[&<>$\\`*\[\]|~@]       # HTML, formulas, code, emphasis, links, cells of a table, mail addresses
@@ -137,6 +142,7 @@ def shell_command(words: Iterable[Any]) -> str:
 
 
 # --- a table of values ------------------------------------------------------------------------------------------
+
 
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff0b\uff0d\uff1d\uff20]")
 """How a cell begins that a spreadsheet would calculate; with apostrophes before it one that `csv_cell` has marked."""

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from tiny import write_text
 
-from newllm_lib import curves
+from newllm_lib.reporting import curves
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -68,3 +69,12 @@ def write_corpus(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of made-up text (62 sequences of `tiny_config`) for tests that only read it."""
+    folder = write_text(tmp_path_factory.mktemp("text"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    yield folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -17,138 +17,145 @@ import newllm_lib
 
 PACKAGE = Path(newllm_lib.__file__).parent
 
-ROOMS = [
-    "escaping",
-    "errors",
-    "settings",
-    "config",
-    "portable",
-    "notation",
-    "schedule",
-    "published",
-    "presets",
-    "files",
-    "buffers",
-    "text",
-    "hardware",
-    "recurrence",
-    "model",
-    "metrics",
-    "generate",
-    "writing",
-    "checkpoint",
-    "mirror",
-    "diagnose",
-    "curves",
-    "report",
-    "card",
-    "comparison",
-    "skips",
-    "step",
-    "progress",
-    "trainer",
-    "planning",
-    "earlier",
-    "probe",
-    "recorder",
-    "importing",
-    "runs",
-    "sharing",
-    "fetching",
-    "adopting",
-    "gathering",
-    "continuing",
-    "study",
-    "notebook",
-    "cli",
+WINGS = [
+    {"escaping"},
+    {"errors"},
+    {"config"},
+    {"system"},
+    {"data", "reporting"},
+    {"model"},
+    {"evaluation", "generation"},
+    {"training"},
+    {"tuning"},
+    {"runs"},
+    {"sharing", "studies", "notebook"},
+    {"cli"},
 ]
-"""In import order: a room imports from those above it only (design.md)."""
+"""In import order: a wing imports from itself and from earlier lines; wings of one line do not know each other."""
 
-EXCEPTIONS = {("model", "generate", "NewLLM.generate"), ("runs", "notebook", "_default_progress")}
-"""(room, imported room, function): conveniences for users, resolved when they are called."""
+LOCAL_IMPORTS_IN_CIRCLES: set[tuple[str, str]] = set()
+"""(file, imported file) that close a circle of files by an import inside a function; each needs a reason here."""
 
 HEAVY = {"torch", "numpy", "datasets", "matplotlib", "pandas", "ipywidgets"}
 
 
-def room_of(path):
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def files(folder=PACKAGE):
+    """Dotted name -> source file of each module; the package's front door and `python -m` belong to no wing."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: path for name, path in found.items() if name not in ("", "__main__")}
 
 
-def modules():
-    """Every source file of a room; the package's front door and `python -m` are no rooms."""
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if room_of(path) not in ("__init__", "__main__")]
-
-
-def imported_rooms(source, package=("newllm_lib",)):
-    """(room, function) of each import from newllm_lib in a source, also inside functions; '' at the top level."""
-    found = []
-
-    def visit(node, scope):
+def imports(source, names):
+    """The modules of `names` that a source imports, at its top level and inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
+            whole = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")] if node.level else []
-            base = [part for part in base if part] or node.module.split(".")
-            names = [[*base, alias.name] for alias in node.names]
+            assert not node.level, "relative import"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
-            names = []
-        found.extend((name[1], ".".join(scope)) for name in names if name[0] == "newllm_lib" and len(name) > 1)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            scope = (*scope, node.name)
-        for child in ast.iter_child_nodes(node):
-            visit(child, scope)
-
-    visit(ast.parse(source), ())
+            continue
+        for dotted in whole:
+            name = dotted.removeprefix("newllm_lib.")
+            if dotted.startswith("newllm_lib."):
+                found.add(name if name in names else name.rpartition(".")[0] or name)
     return found
 
 
-def backward_imports(room, source, package=("newllm_lib",)):
-    """What a source of a room imports from itself downwards in ROOMS, or from what is no room at all."""
-    above = [*ROOMS[: ROOMS.index(room)], room]
-    return [
-        f"{room} imports {other}" + (f" in {function}" if function else "")
-        for other, function in imported_rooms(source, package)
-        if other not in above and (room, other, function) not in EXCEPTIONS
-    ]
+def backward_imports(wing, source, names):
+    """What a source of a wing imports from wings that are not before its own."""
+    place = next(number for number, line in enumerate(WINGS) if wing in line)
+    allowed = {wing}.union(*WINGS[:place])
+    return sorted(name for name in imports(source, names) if name.split(".")[0] not in allowed)
 
 
-def test_every_room_has_its_place():
-    new = sorted({room_of(path) for path in modules()} - set(ROOMS))
-    assert not new, f"new rooms {new}: add them to ROOMS in this test and to the table in design.md, where they belong"
+def circles(graph):
+    """Circles of a graph {name: names}, each once, as the names along it."""
+    found, state, path = [], {}, []
+
+    def visit(name):
+        state[name] = "open"
+        path.append(name)
+        for other in sorted(graph.get(name, ())):
+            if state.get(other) == "open":
+                found.append(path[path.index(other) :])
+            elif other not in state:
+                visit(other)
+        path.pop()
+        state[name] = "done"
+
+    for name in sorted(graph):
+        if name not in state:
+            visit(name)
+    return found
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_one_way(path):
-    package = ("newllm_lib", *path.relative_to(PACKAGE).parts[:-1])
-    assert backward_imports(room_of(path), path.read_text(encoding="utf-8"), package) == []
+def test_every_wing_has_its_place():
+    new = {name.split(".")[0] for name in files()} - set().union(*WINGS)
+    assert not new, f"new wings {sorted(new)}: add them to WINGS in this test and to CONTRIBUTING.md, where they belong"
+
+
+@pytest.mark.parametrize("name", files())
+def test_imports_run_one_way(name):
+    source = files()[name].read_text(encoding="utf-8")
+    assert backward_imports(name.split(".")[0], source, files()) == []
 
 
 def test_imports_that_run_backwards_are_found():
     source = """
-import torch, newllm_lib.runs
-from newllm_lib import presets, trainer
-from . import cli
-from .metrics import Metrics
+import torch, newllm_lib.runs.api
+from newllm_lib import cli
+from newllm_lib.config import presets
+from newllm_lib.evaluation import Metrics
+from newllm_lib.reporting.progress import Progress
 class NewLLM:
     def fit(self):
-        from newllm_lib.generate import generate
-    def generate(self):
-        from newllm_lib.generate import generate
+        from newllm_lib.training.trainer import Trainer
 """
-    assert backward_imports("model", source) == [
-        "model imports runs",
-        "model imports trainer",
-        "model imports cli",
-        "model imports metrics",
-        "model imports generate in NewLLM.fit",
-    ]
-    nested = "from ..config import PAD\nfrom ..runs import train\nfrom . import corpus"
-    assert backward_imports("text", nested, ("newllm_lib", "text")) == ["text imports runs"]
+    assert backward_imports("model", source, files()) == ["cli", "evaluation", "runs.api", "training.trainer"]
+    assert backward_imports("cli", source, files()) == []
+    assert backward_imports("reporting", "from newllm_lib.data import corpus", files()) == ["data.corpus"]
 
 
-def test_exceptions_are_still_needed():
-    for room, other, function in EXCEPTIONS:
-        assert (other, function) in imported_rooms((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+def test_no_file_imports_itself_through_others():
+    names = files()
+    graph = {name: imports(path.read_text(encoding="utf-8"), names) - {name} for name, path in names.items()}
+    edges = {(name, other) for name in graph for other in graph[name]}
+    assert edges >= LOCAL_IMPORTS_IN_CIRCLES
+    for name, other in LOCAL_IMPORTS_IN_CIRCLES:
+        graph[name].discard(other)
+    assert circles(graph) == []
+
+
+def test_a_circle_of_files_is_found(tmp_path):
+    sources = {
+        "a.py": "from newllm_lib.b import c",
+        "b/__init__.py": "",
+        "b/c.py": "def f():\n    from newllm_lib import d",
+        "d.py": "import newllm_lib.a",
+        "e.py": "from newllm_lib.b.c import f",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    names = files(tmp_path)
+    graph = {name: imports(path.read_text(), names) for name, path in names.items()}
+    assert circles(graph) == [["a", "b.c", "d"]]
+    assert circles(graph | {"d": set()}) == []
+
+
+def test_wings_without_torch():
+    """What a run is, its text and what is told of it can be read where torch is not installed."""
+    light = [name for name in files() if name.split(".")[0] in ("escaping", "errors", "config", "data", "reporting")]
+    names = [*light, "system.files", "system.console"]
+    script = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module('newllm_lib.' + name)"
+    done = run_with(sys.executable, script + "\nprint('torch' in sys.modules)", *names)
+    assert len(light) > 20
+    assert done.strip() == "False"
 
 
 # --- what an import costs ---------------------------------------------------------------------------------------
@@ -157,7 +164,9 @@ def test_exceptions_are_still_needed():
 def test_importing_the_package_is_cheap():
     script = "import json, sys, newllm_lib; print(json.dumps(sorted(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert HEAVY & set(json.loads(printed)) == set()
+    loaded = set(json.loads(printed))
+    assert HEAVY & loaded == set()
+    assert {name for name in loaded if name.startswith("newllm_lib")} == {"newllm_lib"}
 
 
 def test_every_public_name_resolves():
@@ -169,9 +178,55 @@ def test_every_public_name_resolves():
         _ = newllm_lib.nothing
 
 
+def test_no_module_hides_a_public_name():
+    """Importing newllm_lib.x sets the attribute x of newllm_lib, whatever it was before."""
+    here = {name for name in files() if "." not in name}
+    assert here & set(newllm_lib._HOMES) == set()
+    script = """
+import importlib, pkgutil, newllm_lib
+for module in pkgutil.walk_packages(newllm_lib.__path__, "newllm_lib."):
+    if module.name != "newllm_lib.__main__":
+        importlib.import_module(module.name)
+for name, home in newllm_lib._HOMES.items():
+    assert getattr(newllm_lib, name) is getattr(importlib.import_module(f"newllm_lib.{home}"), name), name
+for name, home in newllm_lib._MODULES.items():
+    assert getattr(newllm_lib, name) is importlib.import_module(f"newllm_lib.{home}"), name
+"""
+    run_with(sys.executable, script)
+
+
+def test_names_that_users_have_imported_stay():
+    """Modules move; these spellings are in notebooks and scripts."""
+    script = """
+import newllm_lib as nl
+from newllm_lib.config import DataConfig, ModelConfig, RunConfig, TrainConfig, flat_fields
+from newllm_lib.runs import Run, load_model, plan, train
+assert nl.presets.get("quickstart") == nl.presets.quickstart()
+assert nl.published.RUNS and nl.schedule.peak_rate and nl.config.RunConfig is RunConfig
+assert nl.hardware.detect("cpu").device == "cpu"
+assert callable(nl.checkpoint.load_checkpoint) and callable(nl.checkpoint.load_exported)
+assert callable(nl.report.read_record) and callable(nl.report.write_report)
+assert callable(nl.probe.probe) and callable(nl.probe.probe_lines) and nl.probe.find_batch is nl.find_batch
+assert nl.runs.train is nl.train
+"""
+    run_with(sys.executable, script)
+
+
+def test_modules_that_are_run_exist():
+    commands = [
+        name
+        for path in PACKAGE.rglob("*.py")
+        for name in re.findall(r'"-m", "(newllm_lib[\w.]*)"', path.read_text(encoding="utf-8"))
+    ]
+    assert len(commands) >= 2
+    for name in commands:  # looked up here: another copy of the library may be installed
+        source = files()[name.removeprefix("newllm_lib.")].read_text(encoding="utf-8")
+        assert '__name__ == "__main__"' in source
+
+
 def test_every_module_imports():
     names = [module.name for module in pkgutil.walk_packages(newllm_lib.__path__, "newllm_lib.")]
-    assert len(names) >= len(ROOMS)
+    assert len(names) >= len(files())
     for name in names:
         if name != "newllm_lib.__main__":
             importlib.import_module(name)
@@ -196,7 +251,7 @@ def test_no_file_holds_a_path_of_one_machine(repository):
         pytest.skip(f"not a git checkout: {listed.stderr.strip()}")
     places = [f"/{folder}/".encode() for folder in ("work", "root")]
     paths = [repository / name for name in listed.stdout.split("\0") if name and (repository / name).is_file()]
-    assert len(paths) > len(ROOMS)
+    assert len(paths) > len(files())
     contents = {path: path.read_bytes() for path in paths}
     found = [str(path) for path, raw in contents.items() if b"\0" not in raw and any(place in raw for place in places)]
     assert found == []
@@ -207,17 +262,14 @@ def test_no_file_holds_a_path_of_one_machine(repository):
 TORCH_FREE = [
     "escaping",
     "errors",
-    "settings",
     "config",
-    "portable",
-    "schedule",
-    "published",
-    "presets",
-    "files",
-    "text.corpus",
-    "text.tokenizer",
+    "config.parsing",
+    "config.presets",
+    "system.files",
+    "data.corpus",
+    "data.tokenizer",
 ]
-NUMPY_ONLY = ["text.sequences", "text.prepare"]
+NUMPY_ONLY = ["data.sequences", "data.dataset"]
 
 
 @pytest.fixture(scope="module")
@@ -247,12 +299,12 @@ def test_sources_compile_under_python_3_13(python_3_13):
     run_with(python_3_13, script, *sorted(PACKAGE.rglob("*.py")))
 
 
-def test_rooms_without_torch_import_under_python_3_13(python_3_13):
+def test_modules_without_torch_import_under_python_3_13(python_3_13):
     has_numpy = subprocess.run([python_3_13, "-c", "import numpy"], capture_output=True, check=False).returncode == 0
-    rooms = TORCH_FREE + (NUMPY_ONLY if has_numpy else [])
+    names = TORCH_FREE + (NUMPY_ONLY if has_numpy else [])
     script = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module('newllm_lib.' + name)"
     script += "\nprint('torch' in sys.modules)"
-    assert run_with(python_3_13, script, *rooms).strip() == "False"
+    assert run_with(python_3_13, script, *names).strip() == "False"
 
 
 def test_the_top_level_holds_what_the_design_names_and_nothing_else(repository):

@@ -21,13 +21,14 @@ from tiny import tiny_config, write_text
 
 import newllm_lib
 import newllm_lib as nl
-from newllm_lib import errors, presets, runs
-from newllm_lib.checkpoint import Checkpoints
+from newllm_lib import errors, runs
 from newllm_lib.cli import main
-from newllm_lib.files import file_error, file_errors, make_folder, write_text_atomic
-from newllm_lib.hardware import is_out_of_memory
-from newllm_lib.progress import Progress
-from newllm_lib.text import corpus
+from newllm_lib.config import presets
+from newllm_lib.data import corpus
+from newllm_lib.reporting.progress import Progress
+from newllm_lib.system.files import file_error, file_errors, make_folder, write_text_atomic
+from newllm_lib.system.memory import is_out_of_memory
+from newllm_lib.training.checkpoint import Checkpoints
 
 BASES = {
     "ConfigError": ValueError,
@@ -74,20 +75,9 @@ def test_no_other_module_has_an_exception_of_its_own_for_users():
     assert others == {f"newllm_lib.errors.{name}" for name in errors.__all__}
 
 
-OLD_PLACES = {
-    "step": {"TrainingError": "TrainingError", "TornUpdate": "PartialUpdateError"},
-    "checkpoint": {name: name for name in ("CheckpointError", "NewerCheckpointError", "NoModelError")},
-    "sharing": {"BundleError": "BundleError"},
-    "files": {"ChangedError": "ChangedError"},
-}
-
-
-@pytest.mark.parametrize("module", OLD_PLACES)
-def test_exceptions_are_found_where_they_were(module):
-    found = importlib.import_module(f"newllm_lib.{module}")
-    assert {old: getattr(found, old) for old in OLD_PLACES[module]} == {
-        old: getattr(errors, new) for old, new in OLD_PLACES[module].items()
-    }
+def test_exceptions_of_checkpoints_are_found_where_they_were():
+    for name in ("CheckpointError", "NewerCheckpointError", "NoModelError"):
+        assert getattr(nl.checkpoint, name) is getattr(nl, name)
 
 
 # --- what the system says of a file -----------------------------------------------------------------------------
@@ -411,7 +401,7 @@ def test_a_bug_is_not_taken_for_a_mistake_of_the_user(newllm, monkeypatch, bug):
 
 def test_a_bug_shows_its_traceback_and_ends_with_status_1():
     script = """
-from newllm_lib import presets
+from newllm_lib.config import presets
 from newllm_lib.cli import main
 class Broken(dict):
     def items(self):

@@ -17,19 +17,24 @@ from hostile import EVERYTHING, IMAGE, RUN_NAME, SCRIPT, SHEET, TERMINAL, WORDS,
 from tiny import tiny_config, write_text
 
 import newllm_lib as nl
-from newllm_lib import cli, comparison, curves, escaping, report
+from newllm_lib import cli, escaping
 from newllm_lib.cli.output import echo_exact
-from newllm_lib.notation import command
+from newllm_lib.config.parsing import command
+from newllm_lib.data.corpus import load_corpus
 from newllm_lib.notebook import colab
-from newllm_lib.notebook.panel_fields import Setting
+from newllm_lib.notebook.field_widgets import Setting
 from newllm_lib.notebook.panel_plan import refused_html
-from newllm_lib.notebook.progress import View, page, summary
-from newllm_lib.progress import Progress, TerminalProgress
-from newllm_lib.recorder import command as called
-from newllm_lib.study import bench_report, lr_scaling_report, precisions_report
-from newllm_lib.study.live_line import LiveLine
-from newllm_lib.study.shared_words import ModelBits, SharedWords
-from newllm_lib.text.corpus import load_corpus
+from newllm_lib.reporting import comparison, curves
+from newllm_lib.reporting.comparison_report import table_text, write
+from newllm_lib.reporting.notebook_page import View, page, summary
+from newllm_lib.reporting.progress import Progress, TerminalProgress
+from newllm_lib.reporting.record import HISTORY_COLUMNS, history_rows, read_table, write_history
+from newllm_lib.reporting.study_progress import LiveLine
+from newllm_lib.runs.recorder import command as called
+from newllm_lib.studies.bench import report as report_module
+from newllm_lib.studies.lr_scaling import findings as lr_scaling_findings
+from newllm_lib.studies.precision import findings as precision_findings
+from newllm_lib.studies.shared_words import ModelBits, SharedWords
 
 ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -95,37 +100,37 @@ def test_the_report_and_the_card(run):
 
 def test_a_comparison_in_markdown_csv_and_json(run, tmp_path):
     found = comparison.collect([run.folder])
-    assert_harmless_markdown(comparison.table_text(found))
+    assert_harmless_markdown(table_text(found))
     found.entries[0].values |= {"run": SHEET, "note": "+1", "device": "@a", "status": "-cmd|x"}
-    comparison.write(found, tmp_path)
+    write(found, tmp_path)
     (row,) = csv.DictReader((tmp_path / "comparison.csv").open(newline=""))
     assert [row[name] for name in ("run", "note", "device", "status")] == [f"'{SHEET}", "+1", "'@a", "'-cmd|x"]
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["run"] == SHEET  # as it is
 
 
 def test_a_history_with_texts_is_no_formula_and_comes_back(tmp_path):
-    rows = [dict.fromkeys(report.HISTORY_COLUMNS) | {"step": 3, "lr": -0.5, "epoch": 0.5, "val_loss": float("inf")}]
-    report.write_history(tmp_path, rows)
-    assert report.history_rows(tmp_path) == rows
-    report.write_history(tmp_path, [rows[0] | {"clip": SHEET}])
+    rows = [dict.fromkeys(HISTORY_COLUMNS) | {"step": 3, "lr": -0.5, "epoch": 0.5, "val_loss": float("inf")}]
+    write_history(tmp_path, rows)
+    assert history_rows(tmp_path) == rows
+    write_history(tmp_path, [rows[0] | {"clip": SHEET}])
     assert "'=HYPERLINK" in (tmp_path / "history.csv").read_text()
-    assert report.read_table(tmp_path / "history.csv")["clip"][0] == SHEET
+    assert read_table(tmp_path / "history.csv")["clip"][0] == SHEET
     with pytest.raises(ValueError, match=r"history\.csv: line 2: could not convert .*; the file is damaged"):
-        report.history_rows(tmp_path)
+        history_rows(tmp_path)
 
 
 def test_studies(tmp_path):
     environment = {"device_name": EVERYTHING, "threads": 1, "versions": {"torch": EVERYTHING}, "git_commit": EVERYTHING}
     labelled = {"label": EVERYTHING, "final_ppl": 1.0, "best_ppl": 1.0, "skipped_steps": 0, "train_seconds": 1.0}
     record = {"environment": environment, "findings": [EVERYTHING], "rounding": [], "comparisons": []}
-    assert_harmless_markdown(precisions_report.text(record | {"runs": [labelled]}))
+    assert_harmless_markdown(precision_findings.text(record | {"runs": [labelled]}))
     cell = dict.fromkeys(("initialisation", "rule", "plateau", "run"), EVERYTHING) | {"batch": 1, "lr": 0.1, "seed": 1}
     cell |= {"steps": 1, "accuracy": None, "best_ppl": None, "final_ppl": None}
     recipe = {"train": nl.TrainConfig().to_dict(), "model": nl.ModelConfig().to_dict()}
     more = {"cells": [cell], "config": recipe, "initialisations": {EVERYTHING: {"a": EVERYTHING}}}
-    text = lr_scaling_report.text(record | more | {"precision": EVERYTHING, "precision_reason": EVERYTHING})
+    text = lr_scaling_findings.text(record | more | {"precision": EVERYTHING, "precision_reason": EVERYTHING})
     assert_harmless_markdown(text)
-    assert_harmless_markdown(bench_report.table_text({"environment": environment, "rows": []}))
+    assert_harmless_markdown(report_module.table_text({"environment": environment, "rows": []}))
     bits = ModelBits("words", 1.0, 1.0, 1.0, 1.0, 1)
     assert_harmless_markdown(SharedWords(bits, bits, 1, 1, 1.0, 1, (EVERYTHING,)).text([EVERYTHING, "b"]))
 
@@ -248,10 +253,10 @@ def test_generate_in_a_real_terminal(run):
 def test_pictures_with_dollars(run, tmp_path, monkeypatch):
     monkeypatch.undo()
     record = run.record | {"run": "US$5_{$10 a$$b", "data": {"name": "$\\bad{$"}}
-    curves.write_curves(tmp_path, record, report.history_rows(run.folder))
+    curves.write_curves(tmp_path, record, history_rows(run.folder))
     found = comparison.collect([run.folder])
     found.entries[0].values["run"] = "$\\bad{$"
-    comparison.write(found, tmp_path)
+    write(found, tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 

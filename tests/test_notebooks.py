@@ -11,8 +11,10 @@ import pytest
 from nbclient import NotebookClient
 
 import newllm_lib as nl
-from newllm_lib import presets, runs, sharing
-from newllm_lib.schedule import peak_rate
+from newllm_lib import runs
+from newllm_lib.config import presets
+from newllm_lib.sharing import bundle
+from newllm_lib.training.schedule import peak_rate
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -101,7 +103,7 @@ def test_quickstart_twice_in_a_row(tmp_path, monkeypatch):
     folder = next((tmp_path / "results").glob("quickstart-*/"))
     assert runs.load(folder).record["status"] == "finished"
     assert {"report.md", "curves.png", "history.csv", "run.json", "model"} <= {found.name for found in folder.iterdir()}
-    opened = sharing.open_bundle(folder.with_suffix(".zip"), tmp_path / "elsewhere")
+    opened = bundle.open_bundle(folder.with_suffix(".zip"), tmp_path / "elsewhere")
     assert opened.best == runs.load(folder).best
     assert f"already finished: {folder.relative_to(tmp_path)}" in shown(executed(path, tmp_path))
     longer = shown(executed(path, tmp_path, ("STEPS = 10", "STEPS = 14")))  # a rate that had decayed to its end

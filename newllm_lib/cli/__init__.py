@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from newllm_lib.cli import comparing, importing, sharing, studies, study, training, using
+from newllm_lib.cli import compare, inference, legacy, sharing, studies, training, tuning
 from newllm_lib.errors import NewLLMError
 from newllm_lib.escaping import terminal_text
 
@@ -58,17 +58,17 @@ for _command in (
     training.train,
     training.continue_,
     training.list_presets,
-    using.evaluate,
-    using.generate,
-    comparing.compare,
-    importing.import_,
+    inference.evaluate,
+    inference.generate,
+    compare.compare,
+    legacy.import_,
     sharing.export,
     sharing.bundle,
     sharing.open_,
-    study.probe,
-    study.lr_find,
+    tuning.probe,
+    tuning.lr_find,
     studies.precisions,
     studies.lr_scaling,
-    study.bench,
+    studies.bench,
 ):
     main.add_command(_command)

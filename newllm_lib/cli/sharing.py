@@ -16,9 +16,9 @@ from newllm_lib.cli.output import echo
 @click.option("--half", is_flag=True, help="Store the weights in FP16: half the size.")
 def export(run: str, folder: Path, half: bool) -> None:
     """Write the model of RUN (a run's folder, a model folder, a checkpoint) to FOLDER: weights, tokenizer, card."""
-    from newllm_lib import sharing
+    from newllm_lib.sharing import export as exporting
 
-    sharing.export(run, folder, half=half)
+    exporting.export(run, folder, half=half)
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     size = sum(path.stat().st_size for path in folder.iterdir())
     echo(f"{folder}/: {names} ({size / 2**20:.1f} MiB)")
@@ -30,9 +30,9 @@ def export(run: str, folder: Path, half: bool) -> None:
 @click.option("--checkpoint", is_flag=True, help="Take the newest training state along, to go on elsewhere.")
 def bundle(run: str, out: Path | None, checkpoint: bool) -> None:
     """Write RUN (a run's folder) as one file to hand on: weights, tokenizer, history, plots, report, hashes."""
-    from newllm_lib import sharing
+    from newllm_lib.sharing import bundle as bundles
 
-    path = sharing.bundle(run, out, checkpoint=checkpoint)
+    path = bundles.bundle(run, out, checkpoint=checkpoint)
     echo(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
@@ -43,10 +43,10 @@ def bundle(run: str, out: Path | None, checkpoint: bool) -> None:
 @click.option("--max-gib", default=8.0, show_default=True, help="Most that may be unpacked (GiB).")
 def open_(bundle: Path, name: str | None, results_dir: str, max_gib: float) -> None:
     """Verify BUNDLE (every hash, name and size) and unpack it as a run."""
-    from newllm_lib import sharing
+    from newllm_lib.sharing import bundle as bundles
 
     if not math.isfinite(max_gib):
         raise click.UsageError(f"--max-gib {max_gib}: must be a number of GiB")
-    run = sharing.open_bundle(bundle, results_dir, name, max_bytes=int(max_gib * 2**30))
+    run = bundles.open_bundle(bundle, results_dir, name, max_bytes=int(max_gib * 2**30))
     best = f", best PPL {run.best['val_ppl']:.2f}" if run.best else ""
     echo(f"{run.folder}: verified; {run.record['status']}{best}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from newllm_lib.cli.fields import Sectioned, field_options, overrides_of
+from newllm_lib.cli.options import Sectioned, field_options, overrides_of
 from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.cli.training import config_of
 from newllm_lib.errors import ConfigError
@@ -22,7 +23,7 @@ class Listed(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Text to a tuple."""
-        from newllm_lib.study.members import listed
+        from newllm_lib.studies.study_runs import listed
 
         try:
             return listed(value, self._kind)
@@ -54,7 +55,7 @@ def precisions(preset: str, formats: tuple[str, ...], control_seed: bool, as_jso
     nearest 16-bit one, or with --emulate-precision is emulated (FP16 on a CPU: some 30 times as slow). Options as for
     `newllm train`; --name is the folder of the study, its runs lie in it. The same command goes on where it stopped.
     """
-    from newllm_lib.study.precisions import compare_precisions
+    from newllm_lib.studies.precision.study import compare_precisions
 
     if options.get("precision"):
         raise click.UsageError("--precision: this command trains in several formats; name them with --formats")
@@ -94,17 +95,17 @@ def lr_scaling(
     --batch-size and --lr-base are where the rules start, its --epochs or --max-steps what each cell reads. Options as
     for `newllm train`. The same command goes on where it stopped.
     """
-    from newllm_lib.study import lr_scaling as room
+    from newllm_lib.studies.lr_scaling import study as scaling
 
     overrides = overrides_of(options)
-    if preset in room.GRIDS:
+    if preset in scaling.GRIDS:
         try:
-            room.GRIDS[preset]().config.replace(**overrides)
+            scaling.GRIDS[preset]().config.replace(**overrides)
         except ConfigError as error:
             raise click.UsageError(str(error)) from error
-        study = room.lr_scaling(preset, batch_sizes, rules, initialisations, seeds=seeds, **overrides)
+        study = scaling.lr_scaling(preset, batch_sizes, rules, initialisations, seeds=seeds, **overrides)
     else:
-        study = room.lr_scaling(config_of(preset, overrides), batch_sizes, rules, initialisations, seeds=seeds)
+        study = scaling.lr_scaling(config_of(preset, overrides), batch_sizes, rules, initialisations, seeds=seeds)
     _show(study, as_json, "lr_scaling.md, lr_scaling.png, lr_scaling.csv, histories.csv, study.json, and the runs")
 
 
@@ -116,3 +117,33 @@ def _show(study: Any, as_json: bool, files: str) -> None:
         echo("\n".join(f"- {sentence}" for sentence in study.findings))
         echo("\n" + study.table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     echo(f"left in {study.folder}/: {files}", err=True)
+
+
+@click.command()
+@click.option("--data", default="builtin", show_default=True, help="Text whose real batches are used (as for train).")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    help="batch, fp32, length, hidden_dim, num_layers, inference; repeat (default: all).",
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured steps a case (median).")
+@click.option(
+    "--memory/--no-memory", default=True, show_default=True, help="Measure peak memory in processes of its own."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("results/bench"), show_default=True, help="Folder."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what bench.json holds instead of the table.")
+def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Path, as_json: bool) -> None:
+    """Time training steps of the engines beside the published loop, an LSTM and the machine's own product rate."""
+    from newllm_lib.studies.bench.report import table_text
+    from newllm_lib.studies.bench.training_speed import INFERENCE, PARTS, run_bench
+
+    chosen = list(parts or (*PARTS, INFERENCE))
+    result = run_bench(data, out, chosen, rounds, memory, lambda text: echo(text, err=True))
+    if as_json:
+        echo_json(result)
+    else:
+        echo(table_text(result))
+    echo(f"left in {out}/: bench.json, bench.md, bench.png", err=True)

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from newllm_lib import presets
-from newllm_lib.cli.fields import Sectioned, field_options, options_of, overrides_of
+from newllm_lib.cli.options import Sectioned, field_options, options_of, overrides_of
 from newllm_lib.cli.output import echo, echo_json
-from newllm_lib.config import RunConfig, flat_fields
+from newllm_lib.config import RunConfig, flat_fields, presets
 from newllm_lib.errors import ConfigError
 
 
@@ -65,11 +64,12 @@ def continue_(place: str, sha256: str | None, plan_only: bool, as_json: bool, **
     end gets a new end. --data says where the run's text is, if it has moved or the run came from another machine:
     a path in a bundle or a checkpoint is never followed.
     """
-    from newllm_lib import continuing
+    from newllm_lib.runs.extend import extended
+    from newllm_lib.sharing import find_runs
 
     given = overrides_of(options)
     results_dir = given.pop("results_dir", RunConfig().results_dir)
-    found = continuing.find_run(
+    found = find_runs.find_run(
         place,
         results_dir=results_dir,
         mirror_dir=given.get("mirror_dir"),
@@ -78,7 +78,7 @@ def continue_(place: str, sha256: str | None, plan_only: bool, as_json: bool, **
     )
     if found is None:
         raise click.ClickException(f"{results_dir}: holds no run that could be continued; name a place")
-    _train_or_plan(continuing.extended(found, **given), False, plan_only, as_json)
+    _train_or_plan(extended(found, **given), False, plan_only, as_json)
 
 
 def config_of(preset: str, overrides: dict[str, Any]) -> RunConfig:
@@ -90,8 +90,8 @@ def config_of(preset: str, overrides: dict[str, Any]) -> RunConfig:
 
 
 def _print_run(run, as_json: bool) -> None:
-    from newllm_lib import report
-    from newllm_lib.progress import HEADER, table_line
+    from newllm_lib.reporting import report
+    from newllm_lib.reporting.progress import HEADER, table_line
 
     if as_json:
         echo_json(run.record)
@@ -118,7 +118,7 @@ def _print_run(run, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print every preset's whole configuration as JSON.")
 def list_presets(as_json: bool) -> None:
     """List the presets, what they stand for and where their rate comes from."""
-    from newllm_lib.schedule import peak_rate
+    from newllm_lib.training.schedule import peak_rate
 
     if as_json:
         echo_json({name: preset().to_dict() for name, preset in presets.PRESETS.items()})

@@ -13,15 +13,13 @@ from urllib.parse import quote
 
 from newllm_lib.errors import ConfigError, FileError, NewLLMError
 from newllm_lib.escaping import html_attribute, html_text, say
-from newllm_lib.files import file_errors, make_folder, write_text_atomic
-from newllm_lib.mirror import Safety
-from newllm_lib.progress import in_kernel
+from newllm_lib.system.console import KAGGLE_OUTPUT, in_colab, in_kaggle, in_kernel
+from newllm_lib.system.files import file_errors, make_folder, write_text_atomic
 
 MOUNT_POINT = Path("/content/drive")
 DRIVE_FOLDER = "MyDrive/newllm"
 MAX_DOWNLOAD_BYTES = 100 << 20
 """Above it a download through the browser is not tried: large ones fail without a word."""
-KAGGLE_OUTPUT = Path("/kaggle/working")
 _NOT_FLUSHED = "Google Drive was NOT flushed"
 _MAY_BE_MISSING = (
     "What was written last may not have reached Google: look at drive.google.com before you end this session."
@@ -33,29 +31,6 @@ class Storage(NamedTuple):
 
     mirror_dir: str | None
     """On Google Drive; None where that is off, or cannot be used."""
-
-
-def in_colab() -> bool:
-    """Whether this is a Colab runtime."""
-    try:
-        import google.colab  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def in_kaggle() -> bool:
-    """Whether this is a Kaggle notebook."""
-    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
-
-
-def unsaved() -> Safety | None:
-    """How safe a run without a copy is, where the machine itself goes away; None elsewhere."""
-    if in_colab():
-        return Safety("local", "only on this machine, which Colab deletes when the runtime ends")
-    if in_kaggle():
-        return Safety("local", f"only on this machine; Kaggle keeps {KAGGLE_OUTPUT} when you choose Save Version")
-    return None
 
 
 def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from newllm_lib import presets
-from newllm_lib.config import FlatField, RunConfig, flat_fields
+from newllm_lib.config import FlatField, RunConfig, flat_fields, presets
+from newllm_lib.config.parsing import command
 from newllm_lib.errors import ConfigError, NewLLMError
 from newllm_lib.escaping import html_text, say, terminal_text
-from newllm_lib.notation import command
-from newllm_lib.notebook.panel_fields import Setting
+from newllm_lib.notebook.field_widgets import Setting
 from newllm_lib.notebook.panel_plan import Plan, Planner, lines_of, plan_html, refused_html
-from newllm_lib.progress import in_kernel
+from newllm_lib.system.console import in_kernel
 
 MOST_USED = ("data", "epochs", "max_steps", "batch_size", "lr", "dropout", "seed")
 """Always in view, below the preset; every other field is in a group that opens."""
@@ -210,7 +209,7 @@ class Panel:
     def refresh(self, measure: bool = False, anew: bool = False) -> None:
         """Plan the run that the widgets describe, and show it; from the first time on every change does.
 
-        measure, anew: as for `probe.estimate_speed`.
+        measure, anew: as for `tuning.estimate_speed`.
         """
         self._live, self._plan, self._problem = True, None, ""
         try:

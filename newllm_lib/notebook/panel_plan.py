@@ -7,22 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from newllm_lib import presets
-from newllm_lib.checkpoint import Checkpoints
-from newllm_lib.config import RunConfig
-from newllm_lib.earlier import checkpoints_gone, decisions, earlier_record, run_folder
+from newllm_lib.config import RunConfig, presets
+from newllm_lib.data.dataset import Prepared, Split, prepare, text_settings
 from newllm_lib.errors import NewLLMError
 from newllm_lib.escaping import html_text
-from newllm_lib.files import file_errors
-from newllm_lib.mirror import Mirror
-from newllm_lib.mirror.copies import of_another_run
-from newllm_lib.notebook.panel_fields import ORANGE, PILL, RED
-from newllm_lib.notebook.progress import LINE, MONOSPACE
-from newllm_lib.planning import Speed, make_setup, memory_estimate_bytes, plan_lines, unfaithful_reason
-from newllm_lib.probe import estimate_speed, free_memory_bytes, settle_batch
-from newllm_lib.report import duration
-from newllm_lib.text.prepare import Prepared, Split, prepare, text_settings
-from newllm_lib.trainer import Setup, difference, needs_new_end
+from newllm_lib.notebook.field_widgets import ORANGE, PILL, RED
+from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.notebook_page import LINE, MONOSPACE
+from newllm_lib.runs.folder import checkpoints_gone, decisions, earlier_record, run_folder
+from newllm_lib.runs.mirror import Mirror
+from newllm_lib.runs.mirror_copy import of_another_run
+from newllm_lib.system.files import file_errors
+from newllm_lib.training.checkpoint import Checkpoints
+from newllm_lib.training.compatibility import difference, needs_new_end
+from newllm_lib.training.estimates import Speed, memory_estimate_bytes
+from newllm_lib.training.plan import plan_lines, unfaithful_reason
+from newllm_lib.training.setup import Setup, make_setup
+from newllm_lib.tuning import estimate_speed, free_memory_bytes, settle_batch
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 imported = time.perf_counter()
 """
 AFTER_SET_UP = """
-from newllm_lib import trainer
+from newllm_lib.training import trainer
 
 class FirstStepError(Exception):
     pass

@@ -1,0 +1,135 @@
+"""How a field of a configuration is declared, checked and described; those of a run are in `configs`.
+
+A field's unit is in the docstring under it, its allowed values are in its metadata: the checks, the shell's options and
+the notebook's panel are all made from these two.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import textwrap
+import types
+import typing
+from dataclasses import field
+from functools import cache
+from typing import Any
+
+from newllm_lib.errors import ConfigError
+
+
+def setting(default, low=None, high=None, *, open_low=False, open_high=False, choices=None, identity=True, path=False):
+    """A dataclass field with its allowed range.
+
+    `identity=False` where it does not define a run's result, `path=True` where it names a place on one machine.
+    """
+    limits = dict(low=low, high=high, open_low=open_low, open_high=open_high, choices=choices)
+    return field(default=default, metadata=limits | dict(identity=identity, path=path))
+
+
+class Checked:
+    """Base of the configuration classes: validation, documentation and serialisation from the fields alone."""
+
+    def __post_init__(self):
+        hints = field_types(type(self))
+        for item in dataclasses.fields(self):
+            value = _convert(getattr(self, item.name), hints[item.name])
+            object.__setattr__(self, item.name, value)
+            _check(type(self).__name__, item.name, value, hints[item.name], item.metadata)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Resolved annotations of a configuration class."""
+    return typing.get_type_hints(cls)
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a configuration class, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    docs = {}
+    for line, following in itertools.pairwise(body):
+        if isinstance(line, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[line.target.id] = inspect.cleandoc(following.value.value)
+    return docs
+
+
+def build(cls: type, values: dict[str, Any]):
+    """`cls(**values)`, where an unknown key is an error that names it and the known ones."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__}: must be a dictionary of its fields, not {values!r:.60}")
+    known = {item.name for item in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return cls(**values)
+
+
+def allowed_types(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Whole numbers where a float is wanted, and lists (as JSON has them) where a tuple is."""
+    kinds = allowed_types(hint)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if isinstance(value, tuple):
+        return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
+    return value
+
+
+def _check(owner: str, name: str, value: Any, hint: Any, allowed: typing.Mapping[str, Any]) -> None:
+    kinds = allowed_types(hint)
+    plain = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    good = isinstance(value, plain) and not (isinstance(value, bool) and bool not in plain)
+    if good and value is not None and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and allowed:
+            good = _in_range(value, allowed)
+        if allowed.get("choices"):
+            good = value in allowed["choices"]
+    if not good:
+        raise ConfigError(f"{owner}.{name} = {value!r}: must be {describe_allowed(hint, allowed)}")
+
+
+def _in_range(value: float, allowed: typing.Mapping[str, Any]) -> bool:
+    low, high = allowed["low"], allowed["high"]
+    above = low is None or (value > low if allowed["open_low"] else value >= low)
+    below = high is None or (value < high if allowed["open_high"] else value <= high)
+    return above and below
+
+
+def describe_allowed(hint: Any, allowed: typing.Mapping[str, Any]) -> str:
+    """What a field accepts, in words: 'a whole number from 1 to 65536, or none'."""
+    kinds = allowed_types(hint)
+    if allowed.get("choices"):
+        text = "one of " + ", ".join(allowed["choices"])
+    elif int in kinds or float in kinds:
+        low, high = allowed["low"], allowed["high"]
+        text = "a whole number" if int in kinds else "a number"
+        text += f" {'above' if allowed['open_low'] else 'from'} {low:g}" if float in kinds else f" from {low}"
+        if high is not None:
+            text += f" {'to below' if allowed['open_high'] else 'to'} " + (f"{high:g}" if float in kinds else f"{high}")
+    elif bool in kinds:
+        text = "true or false"
+    elif str in kinds:
+        text = "text"
+    elif typing.get_origin(hint) is tuple:
+        text = "pairs of numbers such as ((0, 0.5), (10, 1))"
+    else:
+        text = hint.__name__
+    return text + (", or none" if type(None) in kinds else "")

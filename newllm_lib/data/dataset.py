@@ -1,0 +1,173 @@
+"""A configuration to the arrays of a run: read, tokenise (once, cached by content) and lay out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from newllm_lib.config import UNK, RunConfig
+from newllm_lib.data.corpus import Corpus, load_corpus
+from newllm_lib.data.sequences import EncodedTexts, stream, target_lengths, windows
+from newllm_lib.data.tokenizer import Tokenizer, tokenizer_from_dict, train_tokenizer
+from newllm_lib.errors import ConfigError, DataError
+from newllm_lib.system.files import write_atomic
+
+CACHE_VERSION = 2
+"""Raise it when the tokenizer or the layout of a cache file changes."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, ready to be read: windows (N, S), or a stream (chunks, lanes, S), int32."""
+
+    ids: np.ndarray
+    carries_context: bool
+    token_bytes: np.ndarray | None = None
+    """(V,) int64: UTF-8 bytes of each id; None where the tokenizer loses text."""
+    bytes_per_word: float = math.nan
+    """Of the texts, white space between words included."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the ids: equal where the very same predictions are scored."""
+        return hashlib.sha256(np.ascontiguousarray(self.ids, dtype="<i4").tobytes()).hexdigest()
+
+    @property
+    def num_tokens(self) -> int:
+        """Real targets."""
+        return int(target_lengths(self.ids).sum())
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the real targets that are the unknown id."""
+        return float((self.ids[..., 1:] == UNK).sum() / self.num_tokens)
+
+    @property
+    def num_slots(self) -> int:
+        """Predictions computed, padding included."""
+        return self.ids[..., 1:].size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run reads: its tokenizer, its encoded splits, and the hash of the text they came from."""
+
+    corpus_name: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    texts: dict[str, EncodedTexts]
+    config: RunConfig
+    made_by: tuple
+    """The settings that text and tokenizer came from (`text_settings`)."""
+
+    def under(self, config: RunConfig) -> Prepared:
+        """The same text for a run whose other settings differ; those that made the text must be equal."""
+        assert text_settings(config) == self.made_by, "another text or tokenizer than the one that was prepared"
+        return dataclasses.replace(self, config=_within(config, self.tokenizer))
+
+    def split(self, name: str, lanes: int | None = None) -> Split:
+        """The arrays of a split; `lanes` is the batch of a stream (None = that of the evaluation)."""
+        data, measures = self.config.data, self._measures(name)
+        if name not in self.texts:
+            raise ConfigError(f"split {name!r}: the data {self.corpus_name} has {', '.join(self.texts)}")
+        if data.layout == "stream":
+            return Split(stream(self.texts[name], data.sequence_length, lanes or data.eval_lanes), True, *measures)
+        ids = windows(self.texts[name], data.sequence_length, data.stride, data.min_words)
+        if not len(ids):
+            raise DataError(
+                f"data {self.corpus_name}: no text of the {name} split has {data.min_words} words or more "
+                "(DataConfig.min_words)"
+            )
+        return Split(ids, False, *measures)
+
+    def _measures(self, name: str) -> tuple[np.ndarray | None, float]:
+        """What bits per byte and word-level perplexity need, for a tokenizer that loses nothing."""
+        if self.tokenizer.token_bytes is None or name not in self.texts:
+            return None, math.nan
+        token_bytes, texts = np.array(self.tokenizer.token_bytes), self.texts[name]
+        return token_bytes, float(token_bytes[texts.ids].sum() / max(1, texts.num_words))
+
+
+def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Read and tokenise the data of a run; with a tokenizer given, only encode with it.
+
+    The model's vocabulary shrinks to the tokens that the training text has, if those are fewer.
+    """
+    corpus = load_corpus(config.data)
+    tokenizer, texts = _encode_cached(corpus, config, tokenizer)
+    within = _within(config, tokenizer)
+    return Prepared(corpus.name, corpus.fingerprint, tokenizer, texts, within, text_settings(config))
+
+
+def text_settings(config: RunConfig) -> tuple:
+    """What decides the encoded text and its tokenizer; everything else may differ between runs that share them."""
+    data = config.data
+    source = (data.data, data.text_unit, data.validation_fraction, data.test_fraction)
+    return (*source, data.tokenizer, data.sentencepiece_model, config.model.vocab_size)
+
+
+def _within(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """A vocabulary no larger than the tokenizer's."""
+    return config.replace(vocab_size=min(config.model.vocab_size, tokenizer.vocab_size))
+
+
+def _encode_cached(
+    corpus: Corpus, config: RunConfig, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, dict[str, EncodedTexts]]:
+    data, vocab_size = config.data, config.model.vocab_size
+    wanted = tokenizer.to_dict() if tokenizer else [data.tokenizer, data.sentencepiece_model, vocab_size]
+    key = json.dumps([CACHE_VERSION, corpus.fingerprint, wanted])
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    try:
+        return _read_cache(path)
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        tokenizer = tokenizer or train_tokenizer(data, corpus.splits["train"], vocab_size)
+    texts = {
+        split: EncodedTexts.from_lists([tokenizer.encode(text) for text in found], sum(len(t.split()) for t in found))
+        for split, found in corpus.splits.items()
+    }
+    _write_cache(path, tokenizer, texts)
+    return tokenizer, texts
+
+
+def cache_folder() -> Path:
+    """Where encoded text is kept: $NEWLLM_CACHE, or newllm_lib in the user's cache folder. Safe to delete."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NEWLLM_CACHE") or Path(base) / "newllm_lib")
+
+
+def _read_cache(path: Path) -> tuple[Tokenizer, dict[str, EncodedTexts]]:
+    with np.load(path, allow_pickle=False) as stored:
+        tokenizer = tokenizer_from_dict(json.loads(stored["tokenizer"].tobytes()))
+        names = json.loads(stored["splits"].tobytes())
+        return tokenizer, {name: _stored(stored, name) for name in names}
+
+
+def _stored(arrays: Mapping[str, np.ndarray], name: str) -> EncodedTexts:
+    return EncodedTexts(arrays[f"{name}_ids"], arrays[f"{name}_offsets"], int(arrays[f"{name}_words"]))
+
+
+def _write_cache(path: Path, tokenizer: Tokenizer, texts: dict[str, EncodedTexts]) -> None:
+    """Best effort: a full or read-only disk costs time at the next start, not this run."""
+    arrays = {
+        "tokenizer": np.frombuffer(json.dumps(tokenizer.to_dict()).encode(), dtype=np.uint8),
+        "splits": np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8),
+    }
+    for name, encoded in texts.items():
+        arrays[f"{name}_ids"], arrays[f"{name}_offsets"] = encoded.ids, encoded.offsets
+        arrays[f"{name}_words"] = np.array(encoded.num_words)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: np.savez(file, **arrays))
+    except OSError:
+        return

@@ -1,6 +1,0 @@
-"""Import of the experiment series' own `.pt` files: weights, histories and what is known of the recipe, safely."""
-
-from newllm_lib.importing.folder import import_run
-from newllm_lib.importing.old import OldFile, import_checkpoint, read_old
-
-__all__ = ["OldFile", "import_checkpoint", "import_run", "read_old"]

@@ -1,0 +1,162 @@
+"""New-LLM: a language model whose memory is one fixed-size context vector, carried from token to token."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils import skip_init
+
+from newllm_lib.config import ModelConfig
+from newllm_lib.model import decoding
+from newllm_lib.model.recurrence import ENGINES, Dropout, Weights
+from newllm_lib.system.files import write_text_atomic
+
+
+class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
+    """The model of the series: `logits, context = model(tokens, context)`.
+
+    The first layer is kept in two halves (token and context) and the three context heads as one matrix; the
+    formulas and the parameter count are the published ones. Initial values are drawn from torch's global
+    generator; call `initialise(generator)` to draw them again from one of your own.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if isinstance(config, dict):
+            config = ModelConfig(**config)
+        self.config = config
+        self.card = ""  # the model card, Markdown with the hub's metadata; "" = a plain one
+        self.companions: dict[str, str] = {}  # texts that save_pretrained writes beside the weights, by file name
+        layer = functools.partial(skip_init, nn.Linear)  # initialise() draws every value, so nn.Linear need not
+        values = torch.empty(
+            config.vocab_size, config.embed_dim
+        )  # skip_init of nn.Embedding imports torch._dynamo: 2 s
+        self.embedding = nn.Embedding.from_pretrained(values, freeze=False)
+        self.from_token = layer(config.embed_dim, config.hidden_dim)
+        self.from_context = layer(config.context_dim, config.hidden_dim, bias=False)
+        self.layers = nn.ModuleList(layer(config.hidden_dim, config.hidden_dim) for _ in range(config.num_layers - 1))
+        self.context_heads = layer(config.hidden_dim, 3 * config.context_dim)
+        self.context_norm = nn.LayerNorm(config.context_dim)
+        self.output = layer(config.hidden_dim, config.vocab_size)
+        self.initialise()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """The weights, and the tokenizer where it is known; called by `save_pretrained` and `push_to_hub`."""
+        super()._save_pretrained(save_directory)
+        for name, text in self.companions.items():
+            write_text_atomic(save_directory / name, text)
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card that was written from the run's report, where there is one."""
+        return ModelCard(self.card) if self.card else super().generate_model_card(*args, **kwargs)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Draw every initial value.
+
+        With `init_std` a number: weights N(0, init_std^2), as published. With None: std gain * sqrt(2 / fan-in) for
+        the ReLU layers (He et al. 2015, arXiv 1502.01852; the first one's fan-in is E + C) and gain * sqrt(1 / H)
+        for the context heads. Embedding and output head have standard deviations of their own; biases are 0 but
+        for the forget gate's.
+        """
+        config = self.config
+        fan_in = config.embed_dim + config.context_dim
+        self.embedding.weight.normal_(0, config.embedding_std, generator=generator)
+        self.from_token.weight.normal_(0, self._std(2 / fan_in), generator=generator)
+        self.from_context.weight.normal_(0, self._std(2 / fan_in), generator=generator)
+        for layer in self.layers:
+            layer.weight.normal_(0, self._std(2 / config.hidden_dim), generator=generator)
+        self.context_heads.weight.normal_(0, self._std(1 / config.hidden_dim), generator=generator)
+        self.output.weight.normal_(0, config.output_std, generator=generator)
+        for layer in (self.from_token, *self.layers, self.context_heads, self.output):
+            layer.bias.zero_()
+        self.context_heads.bias[config.context_dim : 2 * config.context_dim] = config.forget_gate_bias
+        self.context_norm.reset_parameters()
+
+    def _std(self, variance: float) -> float:
+        config = self.config
+        return config.init_std if config.init_std is not None else config.init_gain * math.sqrt(variance)
+
+    def weights(self) -> Weights:
+        """What an engine needs, as views of the parameters."""
+        return Weights(
+            embedding=self.embedding.weight,
+            token=self.from_token.weight,
+            token_bias=self.from_token.bias,
+            context=self.from_context.weight,
+            layers=tuple((layer.weight, layer.bias) for layer in self.layers),
+            heads=self.context_heads.weight,
+            heads_bias=self.context_heads.bias,
+            norm=self.context_norm.weight,
+            norm_bias=self.context_norm.bias,
+            clamp=self.config.context_clamp,
+        )
+
+    def initial_context(self, rows: int) -> Tensor:
+        """The empty context (rows, C): zeros."""
+        weight = self.context_norm.weight
+        return torch.zeros(rows, self.config.context_dim, dtype=weight.dtype, device=weight.device)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        context: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dropout: Dropout | None = None,
+        engine: Callable = ENGINES["reference"],
+    ) -> tuple[Tensor, Tensor]:
+        """The last hidden layer (B, T, H) at each token and the context (B, C) after the last real one.
+
+        tokens (B, T) int64; context (B, C) or None for the empty one; lengths (B,) int64, real tokens a row, or
+        None for all. In training mode dropout draws its seed from torch's generator unless one is given.
+        """
+        self.check_tokens(tokens)
+        context = self.check_context(context, len(tokens))
+        if dropout is None and self.training and self.config.dropout > 0:
+            dropout = Dropout(self.config.dropout, int(torch.randint(2**62, ())), tokens.device)
+        return engine(self.weights(), tokens, context, lengths, dropout)
+
+    def forward(self, tokens: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) of the next token after each of tokens (B, T), and the context (B, C) after the last."""
+        hidden, context = self.hidden(tokens, context)
+        return linear(hidden, *self.head), context
+
+    def generate(self, tokens: Tensor, max_new_tokens: int = 50, **options) -> decoding.Generation:
+        """New tokens (B, N) after a prompt (B, T), the context to go on from, and log-probabilities.
+
+        A named tuple (tokens, context, log_probs); options as for `newllm_lib.model.newllm.decoding.generate`.
+        """
+        return decoding.generate(self, tokens, max_new_tokens, **options)
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        """Weight (V, H) and bias (V,) of the output layer."""
+        return self.output.weight, self.output.bias
+
+    def check_context(self, context: Tensor | None, rows: int) -> Tensor:
+        """The context (rows, C), the empty one for None; ValueError for another shape."""
+        if context is None:
+            return self.initial_context(rows)
+        if context.shape != (rows, self.config.context_dim):
+            raise ValueError(f"context has shape {tuple(context.shape)}: must be {(rows, self.config.context_dim)}")
+        return context
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """ValueError unless tokens are int64, (rows, length), not empty, and in the vocabulary."""
+        if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
+            raise ValueError(
+                f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}: must be int64 of shape (rows, length), "
+                "not empty"
+            )
+        low, high = (int(bound) for bound in torch.aminmax(tokens))
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"tokens range from {low} to {high}: must be 0 to {self.config.vocab_size - 1}, the model's vocabulary"
+            )

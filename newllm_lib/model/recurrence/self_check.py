@@ -1,0 +1,95 @@
+"""Which engine to run, after it has shown on a small random case that it agrees with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from newllm_lib.model.recurrence import ENGINES, get_engine, reference
+from newllm_lib.model.recurrence.dropout import Dropout
+from newllm_lib.model.recurrence.weights import Weights
+from newllm_lib.system.hardware import Precision
+
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
+"""Largest relative distance, in norm, of a value or gradient from the reference's in FP32."""
+
+_LENGTHS = (6, 2, 0, 5, 6)
+
+
+class EngineChoice(NamedTuple):
+    """An engine to run, with its name and why it is this one."""
+
+    name: str
+    run: Callable
+    reason: str
+
+
+def choose_engine(requested: str, precision: Precision, device: str) -> EngineChoice:
+    """The engine called `requested` (auto = the best), or the reference where that one fails or disagrees.
+
+    ConfigError for an unknown name.
+    """
+    name, run = get_engine(requested)
+    if run is reference.recurrence:
+        return EngineChoice(name, run, "the oracle itself")
+    fault = _fault(run, precision, device)
+    if fault is None:
+        return EngineChoice(name, run, "agrees with the reference in its self-check")
+    return EngineChoice("reference", ENGINES["reference"], f"{name} failed its self-check ({fault})")
+
+
+@lru_cache(maxsize=64)  # once a process for each engine, format and device
+def _fault(run: Callable, precision: Precision, device: str) -> str | None:
+    """What is wrong with an engine, or None."""
+    expected = _results(reference.recurrence, Precision("fp32", "as the measure"), device)
+    try:
+        found = _results(run, precision, device)
+    except Exception as error:  # an engine that cannot run here must not stop a training run
+        return f"{type(error).__name__}: {error}"
+    for name, value in expected.items():
+        distance = float((found[name] - value).norm() / value.norm().clamp(min=1e-6))
+        if not distance <= TOLERANCES[precision.name]:
+            return f"{name} differs by {distance:.2g}, allowed is {TOLERANCES[precision.name]:g}"
+    return None
+
+
+@torch.inference_mode(False)  # whatever the caller does, gradients are compared
+@torch.enable_grad()
+def _results(run: Callable, precision: Precision, device: str) -> dict[str, Tensor]:
+    """Values and gradients of a pass with padding, dropout and a context, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device).requires_grad_()
+
+    vocab, embed, hidden, state = 11, 8, 16, 8
+    weights = Weights(
+        embedding=draw(vocab, embed),
+        token=draw(hidden, embed, scale=0.3),
+        token_bias=draw(hidden, scale=0.3),
+        context=draw(hidden, state, scale=0.3),
+        layers=tuple((draw(hidden, hidden, scale=0.3), draw(hidden, scale=0.3)) for _ in range(2)),
+        heads=draw(3 * state, hidden, scale=0.3),
+        heads_bias=draw(3 * state, scale=0.3),
+        norm=draw(state),
+        norm_bias=draw(state, scale=0.3),
+        clamp=1.5,
+    )
+    context = draw(len(_LENGTHS), state)
+    tokens = torch.randint(vocab, (len(_LENGTHS), max(_LENGTHS)), generator=generator).to(device)
+    lengths = torch.tensor(_LENGTHS, device=device)
+    kind = torch.device(device).type
+    with precision.autocast(kind):
+        out, after = run(weights, tokens, context, lengths, Dropout(0.2, 3, device))
+    (out.float().square().sum() + after.square().sum()).backward()
+    found = {"hidden": out, "context": after, "context's gradient": context.grad}
+    for name, value in weights._asdict().items():
+        tensors = [tensor for pair in value for tensor in pair] if name == "layers" else [value]
+        for number, tensor in enumerate(tensors):
+            if isinstance(tensor, Tensor):
+                found[f"gradient of {name}" + (f" {number}" if name == "layers" else "")] = tensor.grad
+    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}

@@ -1,0 +1,28 @@
+"""Numbers, times and tables as text."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that they have: 45 s, 2 min 25 s, 3 h 5 min, 27 h."""
+    least, names = (1, ("min", "s")) if round(seconds) < 3600 else (60, ("h", "min"))
+    parts = zip(divmod(round(seconds / least), 60), names, strict=True)
+    return " ".join(f"{count} {name}" for count, name in parts if count) or "0 s"
+
+
+def markdown_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table in Markdown; `|` in a cell is escaped."""
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def time_span(seconds: float) -> str:
+    """A length of time in words."""
+    minutes = int(seconds // 60)
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 60:
+        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"

@@ -1,0 +1,95 @@
+"""The model card: what a model is, how it was trained and scored, and how to use it, from the run's record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from newllm_lib.config import ModelConfig
+from newllm_lib.config.portable import portable
+from newllm_lib.escaping import markdown_code, markdown_text
+from newllm_lib.reporting import report
+from newllm_lib.reporting.record import damaged_record, read_record
+
+_HUB_DATASETS = {"wikitext-2": "Salesforce/wikitext", "wikitext-103": "Salesforce/wikitext"}
+
+
+def card_of(folder: Path, config: ModelConfig) -> str:
+    """The card of a run or of a model folder: made from its record, as it lies there, or a plain one.
+
+    RunError where the record is damaged.
+    """
+    if not (folder / "run.json").is_file():
+        kept = folder / "README.md"
+        return kept.read_text("utf-8", errors="replace") if kept.is_file() else model_card(None, config)
+    record = read_record(folder)
+    with damaged_record(folder):
+        return model_card(record, config)
+
+
+def model_card(record: dict[str, Any] | None, config: ModelConfig) -> str:
+    """README.md of a model folder: the hub's metadata, then Markdown. record: run.json, None where it is not known."""
+    record = record and portable(record)
+    parts = [
+        _metadata(record),
+        f"# {markdown_text(record['run']) if record else 'New-LLM'}",
+        _introduction(config),
+        _use(),
+    ]
+    if record:
+        parts += [
+            "## Result",
+            report.summary_text(record),
+            report.result_text(record),
+            "## Training",
+            _training(record),
+        ]
+        if record.get("samples"):
+            parts += ["## Samples", "\n\n".join(report.quoted(sample) for sample in record["samples"])]
+    parts += ["## Limits", _LIMITS, ""]
+    return "\n\n".join(parts)
+
+
+_LIMITS = (
+    "A small model trained on a small text: it writes locally fluent sentences without meaning, repeats what its "
+    "training text says about people and places, true or not, and must not be used as a source of facts."
+)
+
+
+def _metadata(record: dict[str, Any] | None) -> str:
+    lines = ["library_name: newllm_lib", "pipeline_tag: text-generation", "tags:", "- new-llm", "- language-model"]
+    dataset = _HUB_DATASETS.get(record["data"]["name"]) if record else None
+    if dataset:
+        lines += ["datasets:", f"- {dataset}"]
+    return "\n".join(["---", *lines, "metrics:", "- perplexity", "---"])
+
+
+def _introduction(config: ModelConfig) -> str:
+    return (
+        f"New-LLM: a language model without attention, whose memory is one vector of {config.context_dim} numbers, "
+        f"carried from token to token. {config.num_parameters:,} parameters: {config.num_layers} layers of "
+        f"{config.hidden_dim}, embedding {config.embed_dim}, vocabulary {config.vocab_size:,}."
+    )
+
+
+def _use() -> str:
+    return (
+        "```python\n"
+        "import newllm_lib as nl\n"
+        'model, tokenizer, *_ = nl.load_model("this/folder")\n'
+        'print(nl.generate_text(model, tokenizer, "the", seed=1))\n'
+        "```\n\n"
+        'The weights alone: `nl.NewLLM.from_pretrained("this/folder")`. In a shell: `newllm generate this/folder`.'
+    )
+
+
+def _training(record: dict[str, Any]) -> str:
+    data, environment = record["data"], record["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    lines = [f"- {markdown_text(name)}: {markdown_text(text)}" for name, text in record["plan"] if name != "run"]
+    lines += [
+        f"- data sha256: {markdown_text(data['fingerprint'])}",
+        f"- command: {', then '.join(map(markdown_code, record['commands']))}",
+        f"- versions: {markdown_text(versions)}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""Train or continue one run: its setup, its folder, its recorder, its copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm_lib.config import RunConfig
+from newllm_lib.errors import CheckpointError, TrainingError
+from newllm_lib.model.newllm import NewLLM
+from newllm_lib.reporting.diagnostics import best_row
+from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.progress import Progress, TerminalProgress
+from newllm_lib.runs.folder import (
+    checkpoints_gone,
+    decided_by_checkpoint,
+    decisions,
+    earlier_record,
+    run_folder,
+    set_aside,
+)
+from newllm_lib.runs.mirror import Mirror
+from newllm_lib.runs.recorder import Recorder, command
+from newllm_lib.runs.run import Run
+from newllm_lib.system.console import in_kernel
+from newllm_lib.training.checkpoint import Checkpoints
+from newllm_lib.training.setup import Setup, make_setup
+from newllm_lib.training.trainer import Trainer
+from newllm_lib.tuning import estimate_speed, settle_batch
+
+
+def launch(requested: RunConfig, fresh: bool, progress: Progress, watch: Callable[[Trainer], None]) -> Run:
+    """Train or continue the run that was asked for; errors as of `newllm_lib.train`."""
+    setup, folder, earlier, mirror = _setup_and_folder(requested, fresh, progress)
+    progress.watch(mirror.safety if mirror else None)
+    model = NewLLM(setup.config.model)
+    model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
+    model.to(setup.machine.device)
+    trainer = Trainer(setup, model, Checkpoints(folder / "checkpoints", folder.name), progress)
+    _continue(trainer, earlier, progress)
+    if trainer.ended() and (earlier.get("status"), earlier.get("step")) == (trainer.ended(), trainer.state.step):
+        progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
+        if mirror:
+            mirror.close(progress.message)
+        return Run(folder)
+    recorder = Recorder(trainer, folder, earlier)
+    if not trainer.state.step:
+        for name, text in recorder.record["plan"]:
+            progress.message(f"{name:>10}  {text}")
+    elif setup.precision.substituted:
+        progress.message(f"warning: precision {setup.precision.name}: {setup.precision.reason}")
+    if reason := recorder.record["faithful_reason"]:
+        progress.message(f"warning: not faithful to the published run: {reason}")
+    progress.begin(recorder.record, trainer.state.history)
+    watch(trainer)
+    return _fit(trainer, recorder, progress, mirror)
+
+
+def default_progress() -> Progress:
+    """Live in the cell of a notebook, lines elsewhere."""
+    if not in_kernel():
+        return TerminalProgress()
+    from newllm_lib.reporting.notebook_progress import (
+        NotebookProgress,  # imported here: a terminal run must not load the notebook page
+    )
+
+    return NotebookProgress()
+
+
+def _setup_and_folder(
+    requested: RunConfig, fresh: bool, progress: Progress
+) -> tuple[Setup, Path, dict[str, Any], Mirror | None]:
+    """The setup in which the decisions of a run that is there stand, its folder, its record so far, its copy."""
+    setup = make_setup(requested)
+    folder = run_folder(setup)
+    mirror = Mirror(folder, setup.config.mirror_dir, setup.identity) if setup.config.mirror_dir else None
+    for place in (folder, *([mirror.place] if mirror else [])):
+        if fresh and place.exists():
+            progress.message(f"starting over; the old run is kept as {set_aside(place)}")
+    if mirror and earlier_record(folder, setup.identity).get("identity", setup.identity) == setup.identity:
+        mirror.restore(progress.message)
+    earlier = earlier_record(folder, setup.identity)
+    checkpoints = Checkpoints(folder / "checkpoints", folder.name)
+    checkpoints.take_over(earlier.get("run", folder.name))
+    decided = decisions(earlier, setup.identity) if earlier else decided_by_checkpoint(checkpoints, setup.identity)
+    setup = make_setup(requested, decided, setup.prepared) if decided else setup
+    return settle_batch(setup, decided, progress.message), folder, earlier, mirror
+
+
+def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> None:
+    """Restore the newest valid checkpoint, if there is one, and say where the run goes on.
+
+    CheckpointError where the folder held a validated run whose checkpoints are gone: starting over would replace it.
+    """
+    found = trainer.checkpoints.newest_valid(lambda text: progress.message(f"warning: {text}"))
+    if found is None:
+        if earlier.get("best"):  # one that ended before its first validation may never have saved anything
+            raise CheckpointError(checkpoints_gone(trainer.checkpoints.folder, earlier.get("step") or 0))
+        return
+    path, payload = found
+    trainer.restore(payload, path)
+    state, setup = trainer.state, trainer.setup
+    total, epoch, best = setup.total_steps, setup.steps_per_epoch, best_row(state.history)
+    text = f"step {state.step:,} of {total:,} (epoch {state.step / epoch:.2f} of {total / epoch:.2f})"
+    if state.step > total:
+        text = f"step {state.step:,}, which is more than the {total:,} asked for"
+    if best:
+        text += f", best PPL so far {best['val_ppl']:.2f}"
+    speed = estimate_speed(setup, measure=False)
+    if speed and state.step < total:
+        seconds = speed.training_seconds(setup) * (total - state.step) / total
+        text += f", about {duration(seconds)} of training left"
+    progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: {text}")
+
+
+def _how_to_extend(trainer: Trainer) -> str:
+    if trainer.ended() == "stopped early":
+        return "more: a larger patience; anew: fresh"
+    decays = trainer.setup.config.train.lr_schedule != "constant"
+    return "more: epochs or max_steps" + (" with decay_steps" if decays else "") + "; anew: fresh"
+
+
+def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirror | None) -> Run:
+    """Train to the end and write what the run leaves behind, however it ends."""
+    trainer.on_validation = recorder.validated
+    if mirror:
+        trainer.on_save = mirror.request
+    recorder.write("running")
+    status = "failed"
+    try:
+        status = trainer.fit()
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except TrainingError as error:
+        newest = next(iter(trainer.checkpoints.files()), None)
+        where = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
+        raise TrainingError(f"{error}. Stopped at step {trainer.state.step:,}; {where}") from error
+    finally:
+        progress.close()
+        try:
+            recorder.write(status)
+            if status == "interrupted":
+                _tell_how_to_continue(trainer, progress)
+        finally:  # a full disk here is one more reason to have the copy there
+            if mirror:
+                mirror.close(progress.message)
+    return Run(recorder.folder)
+
+
+def _tell_how_to_continue(trainer: Trainer, progress: Progress) -> None:
+    newest = next(iter(trainer.checkpoints.files()), None)
+    if newest is None:
+        text = f"interrupted at step {trainer.state.step:,}, before the first checkpoint; to start again"
+    else:
+        text = f"interrupted; {newest.name} is saved; to go on"
+    progress.message(f"{text}: {_again()}")
+
+
+def _again() -> str:
+    """What the user does to make this call once more."""
+    if in_kernel():
+        return "run this cell again"
+    text = command(without=("--fresh",))
+    return text if text.startswith("newllm ") else "the same call again"

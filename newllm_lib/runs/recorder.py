@@ -1,0 +1,161 @@
+"""Keeps a run's folder up to date while it trains: the weights to take away, the record, the tables, the report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm_lib.config import BOS, presets
+from newllm_lib.errors import CheckpointError
+from newllm_lib.escaping import shell_command
+from newllm_lib.model.decoding import generate
+from newllm_lib.model.newllm import NewLLM
+from newllm_lib.model.pretrained import export_model, load_exported
+from newllm_lib.reporting import curves, report
+from newllm_lib.reporting.diagnostics import best_row
+from newllm_lib.reporting.record import write_history, write_record
+from newllm_lib.system.files import make_folder
+from newllm_lib.system.hardware import environment
+from newllm_lib.training.checkpoint import load_checkpoint
+from newllm_lib.training.plan import is_published_protocol, plan_lines, unfaithful_reason
+from newllm_lib.training.trainer import Trainer
+from newllm_lib.tuning import estimate_speed
+from newllm_lib.tuning.cache import Store
+
+SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
+"""A report's samples: how many, after how many tokens of a validation text, of how many tokens."""
+LEAST_SECONDS = 10
+"""Of training, before a run's speed stands for this machine in later plans."""
+
+
+class Recorder:
+    """Writes what a run leaves behind; `earlier` is the record of the part of the run before this one."""
+
+    def __init__(self, trainer: Trainer, folder: Path, earlier: dict[str, Any]):
+        self.trainer, self.folder = trainer, folder
+        make_folder(folder)
+        commands = [*earlier.get("commands", []), command()]
+        self._rows_before = len(trainer.state.history)  # which may be another machine's
+        self.record = self._fixed(earlier) | {"commands": list(dict.fromkeys(commands)), "samples": []}
+
+    def _fixed(self, earlier: dict[str, Any]) -> dict[str, Any]:
+        """What does not change while it trains."""
+        setup = self.trainer.setup
+        faithful, reason = self._faithful(earlier)
+        return {
+            "run": self.folder.name,
+            "preset": setup.config.preset,
+            "status": "running",
+            "identity": setup.identity,
+            "parameters": setup.config.model.num_parameters,
+            "published_protocol": is_published_protocol(setup),
+            "faithful": faithful,
+            "faithful_reason": reason,
+            "decided": {
+                "batch_size": setup.config.train.batch_size,
+                "micro_batch_size": setup.config.train.micro_batch_size,
+                "precision": setup.precision.name,
+                "engine": setup.engine.name,
+            },
+            "plan": plan_lines(
+                setup, str(self.folder), self.trainer.state.decay_steps, estimate_speed(setup, measure=False)
+            ),
+            "decay_steps": self.trainer.state.decay_steps,
+            "model_step": earlier.get("model_step"),  # whose weights model/ holds, where they are not the best ones
+            "data": {
+                "name": setup.prepared.corpus_name,
+                "fingerprint": setup.prepared.fingerprint,
+                "training_sequences": len(setup.train_split.ids),
+                "training_tokens": setup.train_split.num_tokens,
+            },
+            "validation": {
+                "tokens": setup.validation_split.num_tokens,
+                "unknown_share": setup.validation_split.unknown_share,
+                "digest": setup.validation_split.digest,
+            },
+            "peak_memory_meaning": (
+                "of tensors on the GPU" if setup.machine.kind == "cuda" else "resident memory of the process"
+            ),
+            "environment": environment(setup.machine),
+            "config": setup.config.to_dict(),
+            "requested": setup.requested.to_dict(),
+        }
+
+    def _faithful(self, earlier: dict[str, Any]) -> tuple[bool | None, str | None]:
+        """Whether this is the published run; once a part of it was not, the whole is not."""
+        if self.trainer.setup.config.preset not in presets.FAITHFUL:
+            return None, None
+        reason = unfaithful_reason(self.trainer.setup) or earlier.get("faithful_reason")
+        return reason is None, reason
+
+    def validated(self, best: bool) -> None:
+        """After each validation: the weights if they are the best, then the tables."""
+        if best:
+            export_model(self.folder / "model", self.trainer.model, self.trainer.setup.prepared.tokenizer)
+            self.record["model_step"] = None
+        write_history(self.folder, self.trainer.state.history)
+        self._write_record("running")
+
+    def write(self, status: str) -> None:
+        """Everything, with the run's status."""
+        history = self.trainer.state.history
+        if best_row(history):
+            self._export_best()
+        self.record["samples"] = self._samples() if status != "running" else []
+        if len(history) > self._rows_before and history[-1]["train_seconds"] >= LEAST_SECONDS:
+            Store(self.trainer.setup.machine).keep_speed(self.trainer.setup, history[-1]["tokens_per_second"])
+        self._write_record(status)
+        write_history(self.folder, history)
+        if history or status != "running":  # a run that begins does not wait for an empty picture
+            curves.write_curves(self.folder, self.record, history)
+        report.write_report(self.folder, self.record, history)
+
+    def _export_best(self) -> None:
+        """model/ from the best checkpoint: a run may have ended between the two."""
+        try:
+            payload = load_checkpoint(self.trainer.checkpoints.best, self.trainer.progress.message)
+        except CheckpointError as error:
+            self.trainer.progress.message(f"warning: {error}; model/ stays as it is")
+            return
+        if payload["state"]["step"] != self.trainer.state.best_step:
+            return  # a best one of before: the run came from a file that did not have a later one
+        model = NewLLM(self.trainer.setup.config.model)
+        model.load_state_dict(payload["model"])
+        export_model(self.folder / "model", model, self.trainer.setup.prepared.tokenizer)
+
+    def _write_record(self, status: str) -> None:
+        state, setup = self.trainer.state, self.trainer.setup
+        best = best_row(state.history)
+        self.record |= {"status": status, "step": state.step, "total_steps": setup.total_steps, "best": best}
+        if best:
+            peak = max(row["peak_memory_bytes"] for row in state.history)
+            self.record["peak_memory_bytes"] = peak
+            self.record["peak_memory_share"] = round(peak / setup.machine.memory_bytes, 4)
+        write_record(self.folder, self.record)
+
+    def _samples(self) -> list[str]:
+        """Texts that the best weights write after the first words of validation texts."""
+        if not (self.folder / "model" / "model.safetensors").exists():
+            return []
+        model, tokenizer = load_exported(self.folder / "model")
+        texts = self.trainer.setup.prepared.texts["validation"]
+        longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
+        samples = []
+        for seed, index in enumerate(longest):
+            prompt = torch.tensor([[BOS, *texts[index][:SAMPLE_PROMPT_TOKENS].tolist()]])
+            generator = torch.Generator().manual_seed(seed)
+            new = generate(model.eval(), prompt, SAMPLE_TOKENS, generator=generator).tokens
+            start, whole = tokenizer.decode(prompt[0]), tokenizer.decode([*prompt[0], *new[0]])
+            samples.append(f"**{start}**{whole[len(start) :]}")
+        return samples
+
+
+def command(without: tuple[str, ...] = ()) -> str:
+    """How this process was called, for the record; Python and notebooks say so. `without`: words to leave out."""
+    program = Path(sys.argv[0]).name
+    if program in ("newllm", "__main__.py"):
+        return shell_command(["newllm", *(word for word in sys.argv[1:] if word not in without)])
+    return "newllm_lib.train(...) from Python"

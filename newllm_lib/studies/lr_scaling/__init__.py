@@ -1,0 +1,1 @@
+"""Learning-rate rules, batch sizes and initialisations on a grid of runs."""

@@ -1,0 +1,1 @@
+"""The same run in several number formats, step by step."""

@@ -1,0 +1,1 @@
+"""The machine: hardware, memory, files, the console; nothing here knows what a model is."""

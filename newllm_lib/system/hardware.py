@@ -1,0 +1,204 @@
+"""What this machine is, and which number format its matrix products should use, with the reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from newllm_lib.errors import ConfigError
+
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""CPU instruction sets with native bfloat16 products; without them bfloat16 is emulated and slow."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Facts about the device a run uses; nothing here is timed."""
+
+    device: str
+    """cpu, cuda:0, ... (a torch device)."""
+    name: str
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability."""
+    memory_bytes: int = 0
+    """Memory that a process can use: of the GPU where there is one, else of the machine."""
+    cpu_flags: frozenset[str] = field(default=frozenset())
+    threads: int = 1
+
+    @property
+    def kind(self) -> str:
+        """cpu or cuda."""
+        return self.device.split(":")[0]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number format for the matrix products; weights, context, LayerNorm and loss stay FP32."""
+
+    name: str
+    reason: str
+    substituted: bool = False
+    """Whether the requested format was replaced by the nearest one that the hardware has."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of the products."""
+        return DTYPES[self.name]
+
+    def autocast(self, device_type: str) -> torch.autocast:
+        """The context in which matrix products run in this format."""
+        return torch.autocast(device_type, dtype=self.dtype, enabled=self.name != "fp32")
+
+
+def detect(device: str = "auto", threads: int | None = None) -> Machine:
+    """The machine as torch sees it; ConfigError for a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = threads or torch.get_num_threads()
+    if device == "cpu":
+        flags = cpu_flags()
+        return Machine(device="cpu", name=cpu_name(), memory_bytes=_ram_bytes(), cpu_flags=flags, threads=threads)
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        kind, index = device, 0
+    if kind != "cuda" or index >= torch.cuda.device_count():
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ConfigError(f"TrainConfig.device = {device!r}: must be auto, {', '.join(there)} on this machine")
+    properties = torch.cuda.get_device_properties(index)
+    return Machine(
+        device=f"cuda:{index}",
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        memory_bytes=properties.total_memory,
+        cpu_flags=cpu_flags(),
+        threads=threads,
+    )
+
+
+def choose_precision(requested: str, machine: Machine, emulate: bool = False) -> Precision:
+    """The format to use for `requested` (auto, fp32, bf16, fp16) on a machine, and why.
+
+    `emulate` keeps a format that is not native: torch then rounds to it and accumulates in FP32, slowly. GPUs are
+    judged by compute capability: `torch.cuda.is_bf16_supported()` says yes on a T4, which emulates it.
+    """
+    if requested not in ("auto", *DTYPES):
+        raise ConfigError(f"precision = {requested!r}: must be one of auto, {', '.join(DTYPES)}")
+    if machine.kind == "cuda":
+        native, why = _cuda_formats(machine)
+    else:
+        native, why = _cpu_formats(machine)
+    best = native[0]
+    if requested == "auto":
+        return Precision(best, why)
+    if requested in native:
+        return Precision(requested, "as requested")
+    if emulate:
+        return Precision(requested, f"not native to {machine.name}: emulated, its rounding is real, its speed is not")
+    return Precision(best, f"{requested} is not native to {machine.name}; nearest is {best}: {why}", substituted=True)
+
+
+def _cuda_formats(machine: Machine) -> tuple[list[str], str]:
+    major, minor = machine.capability
+    shown = f"compute capability {major}.{minor}"
+    if machine.capability >= (8, 0):
+        return ["bf16", "fp16", "fp32"], f"{machine.name}, {shown}, has native bfloat16 (8.0 or above)"
+    if machine.capability >= (5, 3):
+        return ["fp16", "fp32"], f"{machine.name}, {shown}, has float16 but no native bfloat16 (below 8.0)"
+    return ["fp32"], f"{machine.name}, {shown}, has no native 16-bit arithmetic"
+
+
+def _cpu_formats(machine: Machine) -> tuple[list[str], str]:
+    native = sorted(machine.cpu_flags & BF16_FLAGS)
+    if native:
+        return ["bf16", "fp32"], f"{machine.name} has {' and '.join(native)}"
+    return ["fp32"], f"{machine.name} has neither avx512_bf16 nor amx_bf16"
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` CPU threads inside, and as many as before after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def default_batch_size(machine: Machine) -> int:
+    """Sequences a step where the recipe leaves it open: few on a CPU, whose rate saturates early, more on a GPU."""
+    return 128 if machine.kind == "cpu" else 256
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction set flags as Linux lists them; none where it is not Linux."""
+    return frozenset((_proc_line("/proc/cpuinfo", "flags") or "").split())
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    return _proc_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _proc_line(path: str, key: str) -> str | None:
+    """The value of the first line 'key : value' of a file that Linux keeps, None elsewhere."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), None)
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def environment(machine: Machine) -> dict[str, Any]:
+    """What a reader needs to repeat a run: versions, commit, device, memory."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "datasets", "newllm_lib"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "device": machine.device,
+        "device_name": machine.name,
+        "capability": machine.capability,
+        "threads": machine.threads,
+        "usable_memory_bytes": machine.memory_bytes,
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the library's checkout, with '+' where files differ from it; None outside a checkout of its own."""
+
+    place = Path(__file__).resolve()
+    folder = place.parents[1]  # of the whole package
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", str(place.relative_to(folder)))  # inside another project's checkout?
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

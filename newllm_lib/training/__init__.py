@@ -1,0 +1,1 @@
+"""From a configuration to trained weights: the setup, one optimizer step, the loop, checkpoints."""

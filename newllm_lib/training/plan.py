@@ -1,0 +1,105 @@
+"""The plan of a run: every decision and its cost, line by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from newllm_lib.config import FlatField, RunConfig, flat_fields, presets, published
+from newllm_lib.reporting.formatting import duration
+from newllm_lib.training.estimates import Speed, memory_estimate_bytes
+from newllm_lib.training.setup import Setup
+
+
+def unfaithful_reason(setup: Setup) -> str | None:
+    """Why a re-creation of a published run is not the published one; None where nothing stands against it."""
+    config, preset = setup.config, presets.get(setup.config.preset)
+    changed = [
+        f"{name} is {mine!r}, not {theirs!r}"
+        for name, item in flat_fields().items()
+        if (item.metadata["identity"] or name in ("patience", "min_delta")) and name not in ("data", "seed")
+        for mine, theirs in [(_value(config, item), _value(preset, item))]
+        if mine != theirs
+    ]
+    if setup.precision.substituted:
+        changed.append(setup.precision.reason)
+    if not is_published_protocol(setup):
+        changed.append("the validation data are not those of the published protocol")
+    return "; ".join(changed) or None
+
+
+def _value(config: RunConfig, item: FlatField) -> Any:
+    return getattr(getattr(config, item.section), item.name)
+
+
+def is_published_protocol(setup: Setup) -> bool:
+    """Whether the very ids that the series scored are scored: only then do its figures stand beside ours."""
+    return setup.validation_split.digest == published.VALIDATION_DIGEST
+
+
+def plan_lines(
+    setup: Setup, folder: str, decay_steps: int | None = None, speed: Speed | None = None
+) -> list[tuple[str, str]]:
+    """(what, how much and why) for each decision, ready to print.
+
+    decay_steps: where a run has settled its own; speed: where it is known, for a line on the time.
+    """
+    config, train_split, validation = setup.config, setup.train_split, setup.validation_split
+    model, train = config.model, config.train
+    micro = train.micro_batch_size
+    texts = {name: len(encoded) for name, encoded in setup.prepared.texts.items()}
+    tokens_per_step = train_split.num_tokens / setup.steps_per_epoch
+    lines = [
+        ("run", folder),
+        ("model", f"{model.num_parameters:,} parameters ({model.num_layers} layers of {model.hidden_dim}, "
+                  f"embedding {model.embed_dim}, context {model.context_dim}, vocabulary {model.vocab_size})"),
+        ("data", f"{setup.prepared.corpus_name}: {texts['train']:,} training and {texts['validation']:,} "
+                 "validation texts"),
+        ("sequences", _sequences_line(setup)),
+        ("tokens", f"{train_split.num_tokens:,} an epoch, {validation.num_tokens:,} in validation"),
+        ("device", f"{setup.machine.name} ({setup.machine.device}, {setup.machine.threads} threads)"),
+        ("precision", f"{setup.precision.name}: {setup.precision.reason}"),
+        ("engine", f"{setup.engine.name}: {setup.engine.reason}"),
+        ("batch", f"{train.batch_size} sequences, about {tokens_per_step:,.0f} tokens a step"
+                  + (f", {micro} at a time" if micro else "")
+                  + (f"; {setup.batch_reason}" if setup.batch_reason else "")),
+        ("steps", f"{setup.total_steps:,} ({setup.steps_per_epoch:,} an epoch, "
+                  f"{setup.total_steps / setup.steps_per_epoch:.2f} epochs)"),
+        ("rate", _rate_line(setup, decay_steps)),
+        ("memory", f"about {memory_estimate_bytes(setup) / 2**30:.1f} GiB for training, of "
+                   f"{setup.machine.memory_bytes / 2**30:.1f} GiB (an estimate from the shapes)"),
+    ]  # fmt: skip
+    if config.mirror_dir:
+        kept = "the best, the final and the last two other checkpoints, verified"
+        lines.insert(1, ("copy", f"{Path(config.mirror_dir, Path(folder).name)}: {kept}"))
+    if speed:
+        lines.append(("time", f"about {duration(speed.training_seconds(setup))} of training, validation not counted "
+                              f"({speed.tokens_per_second:,.0f} tokens/s, {speed.basis})"))  # fmt: skip
+    return lines
+
+
+def _sequences_line(setup: Setup) -> str:
+    data, split, held = setup.config.data, setup.train_split, setup.validation_split
+    if split.carries_context:
+        return (
+            f"{len(split.ids):,} chunks of {data.sequence_length} ids in {split.ids.shape[1]} lanes, the context "
+            f"carried; validation in {held.ids.shape[1]} lanes"
+        )
+    return (
+        f"{len(split.ids):,} training and {len(held.ids):,} validation, {data.sequence_length} ids each "
+        f"({1 - split.num_tokens / split.num_slots:.1%} padding)"
+    )
+
+
+def _rate_line(setup: Setup, decay_steps: int | None) -> str:
+    train = setup.config.train
+    text = f"{setup.rate.value:.3g}: {setup.rate.reason}"
+    if train.batch_policy != "recipe" and train.lr is not None:
+        text += "; it does not follow the batch that was found, unless lr is none"
+    if train.optimizer == "muon":
+        text += f"; Muon {train.muon_lr:g} on the hidden matrices"
+    course = f"; {train.lr_schedule}"
+    if train.lr_schedule == "cosine":
+        end = decay_steps or train.decay_steps or setup.total_steps
+        course += f" to {train.lr_final_fraction:g} at step {end:,}"
+    return text + course + (f", warm-up {train.warmup_steps} steps" if train.warmup_steps else "")

@@ -1,0 +1,111 @@
+"""The bench: its subjects are what they claim to be, and it writes what it says."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import tiny_setup, tiny_trainer
+
+from newllm_lib.cli import main
+from newllm_lib.config import ModelConfig, TrainConfig
+from newllm_lib.model.newllm import NewLLM
+from newllm_lib.studies.bench import training_speed
+from newllm_lib.studies.bench.baselines import LSTMModel, PublishedLoop, plain_step
+from newllm_lib.studies.bench.training_speed import Case, make_step, memory_bytes, run_bench
+from newllm_lib.training.estimates import matrix_parameters
+
+
+def test_the_published_loop_has_the_published_parameters_and_formulas():
+    config = ModelConfig(dropout=0.0, init_std=None, embedding_std=1.0)
+    loop, model = PublishedLoop(config), NewLLM(config)
+    assert sum(p.numel() for p in loop.parameters()) == 2_739_432
+    state = dict(model.state_dict())
+    heads, biases = state["context_heads.weight"].chunk(3), state["context_heads.bias"].chunk(3)
+    named = {
+        "token_embedding.weight": state["embedding.weight"],
+        "fnn_layers.0.weight": torch.cat([state["from_token.weight"], state["from_context.weight"]], dim=1),
+        "fnn_layers.0.bias": state["from_token.bias"],
+        **{
+            f"fnn_layers.{3 * n + 3}.{kind}": state[f"layers.{n}.{kind}"]
+            for n in range(5)
+            for kind in ("weight", "bias")
+        },
+        **{f"token_output.{kind}": state[f"output.{kind}"] for kind in ("weight", "bias")},
+        **{f"context_norm.{kind}": state[f"context_norm.{kind}"] for kind in ("weight", "bias")},
+    }
+    for name, head, bias in zip(("context_update", "forget_gate", "input_gate"), heads, biases, strict=True):
+        named |= {f"{name}.weight": head, f"{name}.bias": bias}
+    loop.load_state_dict(named)
+    tokens = torch.randint(0, 1000, (3, 20), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loop(tokens), model(tokens)[0], rtol=0, atol=2e-4)
+
+
+def test_the_lstm_has_as_many_parameters_to_one_per_cent():
+    for config in (ModelConfig(), ModelConfig(hidden_dim=1024), ModelConfig(num_layers=12, context_dim=512)):
+        count = sum(p.numel() for p in LSTMModel(config).parameters())
+        assert count == pytest.approx(config.num_parameters, rel=0.01)
+
+
+def test_work_is_counted_as_in_the_formulas():
+    assert matrix_parameters(ModelConfig()) == 2_347_008
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_make_step_performs_the_step_of_the_trainer(text, tmp_path, engine):
+    setup = tiny_setup(text, dropout=0.0, engine=engine, lr=None, lr_base=1e-4, epochs=1)
+    trainer = tiny_trainer(setup, tmp_path)
+    ids = trainer._batch()
+    model = NewLLM(setup.config.model)
+    model.load_state_dict(trainer.model.state_dict())
+    loss = make_step(model, ids, engine=engine, precision="fp32", train=TrainConfig())()
+    trainer._train_batch()
+    assert loss == pytest.approx(trainer.state.nll_since_row / trainer.state.tokens_since_row)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_repeated_steps_learn_the_batch():
+    model = NewLLM(ModelConfig(vocab_size=20, hidden_dim=32, dropout=0.1, init_std=None, embedding_std=1.0))
+    ids = torch.randint(4, 20, (8, 64), generator=torch.Generator().manual_seed(0))
+    step = make_step(model, ids, precision="fp32", train=TrainConfig(lr=3e-3))
+    losses = [step() for _ in range(30)]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_plain_steps_learn_too():
+    config = ModelConfig(vocab_size=20, hidden_dim=32, embed_dim=16, context_dim=16, dropout=0.0)
+    ids = torch.randint(4, 20, (8, 12), generator=torch.Generator().manual_seed(0))
+    for model in (PublishedLoop(config), LSTMModel(config)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        losses = [plain_step(model, optimizer, ids, torch.autocast("cpu", enabled=False)) for _ in range(30)]
+        assert losses[-1] < 0.9 * losses[0]
+
+
+def test_memory_is_measured_in_a_process_of_its_own(text):
+    small = memory_bytes(Case(subject="fused", batch=8, hidden_dim=64, num_layers=2, precision="fp32"), str(text))
+    large = memory_bytes(Case(subject="fused", batch=512, hidden_dim=256, num_layers=2, precision="fp32"), str(text))
+    assert 0 < small < large
+    assert large > 8e6
+
+
+def test_the_command_writes_json_table_and_plot(text, tmp_path, monkeypatch):
+    subjects = [("fused", 2), ("published", 4), ("fused", 4)]  # a process for each: the others are no different
+    cases = [Case(subject=subject, batch=batch, hidden_dim=16, precision="fp32") for subject, batch in subjects]
+    monkeypatch.setattr(training_speed, "PARTS", {"batch": cases})
+    arguments = ["bench", "--data", str(text), "--rounds", "1", "--no-memory", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "| fused | fp32 | 0.1 | 4 | 64 | 16 | 6 |" in result.stdout
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
+    assert [(row["subject"], row["batch"]) for row in rows] == subjects
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] < row["slots_per_second"] for row in rows)
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "bench.md").read_text() == result.stdout.rstrip("\n") + "\n"
+
+
+def test_an_unknown_part_is_named(text, tmp_path):
+    with pytest.raises(
+        ValueError, match="unknown part 'speed': must be one of batch, fp32, length, hidden_dim, num_layers"
+    ):
+        run_bench(str(text), tmp_path, ["speed"])
