@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from newllm_lib.buffers import BUFFERS
 from newllm_lib.config import BOS, EOS, PAD, UNK, DataConfig
-from newllm_lib.formatting import markdown_list, markdown_text
+from newllm_lib.formatting import markdown_text
 from newllm_lib.hardware import choose_precision, detect
 from newllm_lib.metrics import token_losses
 from newllm_lib.recurrence.selfcheck import choose_engine
@@ -94,7 +94,7 @@ class SharedWords:
                 f"| {name:{width}} | {model.tokenizer:13} | {model.bits_per_byte:11.4f} | {model.bits_per_word:11.4f} "
                 f"| {model.bits:21,.0f} | {model.other_bits:11,.0f} |"
             )
-        return "\n".join([*lines, "", markdown_list(self.caveats)])
+        return "\n".join([*lines, "", *(f"- {caveat}" for caveat in self.caveats)])
 
 
 class WordBits(NamedTuple):
