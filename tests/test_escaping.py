@@ -132,7 +132,7 @@ def test_studies(tmp_path):
     assert_harmless_markdown(text)
     assert_harmless_markdown(report_module.table_text({"environment": environment, "rows": []}))
     bits = ModelBits("words", 1.0, 1.0, 1.0, 1.0, 1)
-    assert_harmless_markdown(SharedWords(bits, bits, 1, 1, 1.0, 1, (EVERYTHING,)).text([EVERYTHING, "b"]))
+    assert_harmless_markdown(SharedWords(bits, bits, 1, 1, 1.0, 1, ()).text([EVERYTHING, "b"]))
 
 
 # --- a page -----------------------------------------------------------------------------------------------------

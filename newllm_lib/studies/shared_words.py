@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from newllm_lib.config import BOS, EOS, PAD, UNK, DataConfig
 from newllm_lib.data.corpus import load_corpus
 from newllm_lib.errors import ConfigError, DataError
-from newllm_lib.escaping import markdown_list, markdown_text
+from newllm_lib.escaping import markdown_text
 from newllm_lib.model.loss import token_losses
 from newllm_lib.model.recurrence.self_check import choose_engine
 from newllm_lib.runs.run import Loaded, load_model
@@ -96,7 +96,7 @@ class SharedWords:
                 f"| {name:{width}} | {model.tokenizer:13} | {model.bits_per_byte:11.4f} | {model.bits_per_word:11.4f} "
                 f"| {model.bits:21,.0f} | {model.other_bits:11,.0f} |"
             )
-        return "\n".join([*lines, "", markdown_list(self.caveats)])
+        return "\n".join([*lines, "", *(f"- {caveat}" for caveat in self.caveats)])
 
 
 class WordBits(NamedTuple):

@@ -209,15 +209,25 @@ def test_parts_have_the_names_that_a_reader_knows(dry):
     ]  # fmt: skip
 
 
-def test_fp32_has_no_error_and_16_bits_have_a_small_one(dry):
-    setup, model = dry
-    errors = {name: rounding_errors(setup, model, Precision(name, "for the test")) for name in ("fp32", "bf16", "fp16")}
-    assert {(row["loss_error"], row["gradient_error"]) for row in errors["fp32"]} == {(0.0, 0.0)}
-    bf16, fp16 = (errors[name][0] for name in ("bf16", "fp16"))
-    assert bf16["part"] == "all"
-    assert 1e-4 < bf16["gradient_error"] < 0.05
-    assert 1e-5 < fp16["gradient_error"] < bf16["gradient_error"]  # three bits more
-    assert bf16["other_batch"] > 5 * bf16["gradient_error"]
+def test_fp32_has_no_error(dry):
+    rows = rounding_errors(*dry, Precision("fp32", "for the test"))
+    assert {(row["loss_error"], row["gradient_error"]) for row in rows} == {(0.0, 0.0)}
+
+
+def test_16_bits_have_a_small_error_and_fp16_less_than_bf16(text):
+    """By the median of five models: a ReLU that flips can outweigh all rounding in one of them."""
+    errors = {"bf16": [], "fp16": []}
+    for seed in range(5):
+        setup = tiny_setup(text, dropout=0.0, seed=seed)
+        model = fresh_model(setup)
+        for name, found in errors.items():
+            row = rounding_errors(setup, model, Precision(name, "for the test"))[0]
+            assert row["part"] == "all"
+            assert row["other_batch"] > 3 * row["gradient_error"]
+            found.append(row["gradient_error"])
+    bf16, fp16 = (float(np.median(found)) for found in errors.values())
+    assert 1e-3 < bf16 < 0.05
+    assert 1e-5 < fp16 < bf16 / 2  # three bits more
 
 
 def test_the_dropout_masks_are_the_same_in_every_format(text):
