@@ -480,6 +480,7 @@ def test_a_damaged_checkpoint_stops_no_run_that_has_another(newllm, made, name):
     assert all(line.startswith(BEST) for line in said)
 
 
+@pytest.mark.slow
 def test_a_record_with_a_value_of_another_kind_is_no_bug(newllm, made):
     record = json.loads(Path(RUN, "run.json").read_text())
     for name in record:
@@ -550,6 +551,7 @@ def test_a_value_that_cannot_be_is_one_line(newllm, case):
     assert_one_line(newllm(*VALUES[case]))
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_character_are_no_bug(newllm):
     assert_one_line(newllm("generate", RUN, "--prompt", "w1 \udcff"), r"'w1 \udcff': not UTF-8")
     shutil.copyfile("text/train.txt", "caf\udce9.txt")

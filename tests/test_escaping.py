@@ -235,6 +235,7 @@ def test_a_text_on_a_terminal_and_elsewhere(monkeypatch):
         assert stream.getvalue() == shown
 
 
+@pytest.mark.slow
 def test_generate_in_a_real_terminal(run):
     parent, child = pty.openpty()
     words = [sys.executable, "-m", "newllm_lib", "generate", str(run.folder), "--tokens", "60", "--temperature", "2"]

@@ -89,6 +89,7 @@ def test_no_path_is_in_a_bundle_a_report_or_a_card(place, tmp_path):
         assert json.loads(archive.read("run.json"))["requested"]["data"]["data"] == "wiki"
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_where_its_text_is_named(place, tmp_path):
     bundle = nl.bundle(place / "results" / "r", tmp_path / "r.zip", checkpoint=True)
     run = nl.find_run(bundle, results_dir=tmp_path / "here")
@@ -103,6 +104,7 @@ def test_the_run_goes_on_where_its_text_is_named(place, tmp_path):
     assert nl.train(nl.extended(longer, epochs=4), progress=Progress()).record["step"] > longer.record["step"]
 
 
+@pytest.mark.slow
 def test_a_named_text_needs_no_name_from_the_receiver(tmp_path):
     run = nl.train(
         tiny_config("builtin", results_dir=str(tmp_path / "there"), name="b", epochs=None, max_steps=2),

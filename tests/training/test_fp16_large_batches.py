@@ -1,6 +1,6 @@
 """Large batches in FP16: skipped steps are few, and the loss scale settles where the gradients do not underflow.
 
-Run as a script it prints the table that results/LOG.md quotes: python tests/test_fp16_large_batches.py [WIDTH [BATCH]]
+Run as a script it prints the table that results/LOG.md quotes: python tests/training/test_fp16_large_batches.py [WIDTH [BATCH]]
 """
 
 import sys
@@ -55,7 +55,7 @@ def test_fp16_skips_few_steps_of_a_large_batch(preset, batch, wikitext, tmp_path
 
 def table(width: int, batches: list[int]) -> None:
     """Prints a row for each case; WikiText-2 lies where the tests look for it."""
-    data = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2"
+    data = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext-2"
     print(
         "| preset | batch | width | attempts | skipped | loss scale at the end | end |\n|---|---|---|---|---|---|---|"
     )
