@@ -30,7 +30,7 @@ from newllm_lib.reporting.progress import Progress
 from newllm_lib.system.hardware import Precision
 from newllm_lib.training.batches import epoch_order, mix_seed
 from newllm_lib.training.checkpoint import load_checkpoint
-from newllm_lib.training.optimizers import make_optimizers, set_rates
+from newllm_lib.training.optimizers import make_optimizers, scale_lr
 from newllm_lib.training.setup import make_setup
 from newllm_lib.training.step import optimizer_step
 
@@ -329,7 +329,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_nan_is_never_best(text, t
     with torch.no_grad():
         trainer.model.output.bias[7] = math.nan
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer._validate(1e-3, 1.0)
+    trainer._validate()
     assert trainer.state.best_loss == best
     with pytest.raises(TrainingError, match="the loss is nan"):
         trainer.fit()
@@ -387,7 +387,7 @@ def test_a_worse_validation_after_a_stop_does_not_replace_the_best(text, tmp_pat
     continued = continued_trainer(setup, tmp_path)
     with torch.no_grad():
         continued.model.output.weight.normal_(0, 3)
-    continued._validate(1e-3, 1.0)
+    continued._validate()
     assert continued.checkpoints.best.read_bytes() == best
     assert continued.state.best_step == trainer.state.best_step
 
@@ -606,5 +606,5 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     rest = {names[id(parameter)] for parameter in adamw.param_groups[0]["params"]}
     assert taken | rest == set(names.values())
     assert not taken & rest
-    set_rates([muon, adamw], 0.5)
+    scale_lr([muon, adamw], 0.5)
     assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.025, 0.0005)
