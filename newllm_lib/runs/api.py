@@ -58,9 +58,10 @@ def train(
 
     config: a preset's name or a RunConfig; overrides: any field by name. progress: what shows the course of it; None =
     live in a notebook, lines in a terminal. `fresh` starts over and keeps the old folder under a new name. `watch` gets
-    the trainer before it goes on, for example to set its `on_step`; a run that has ended does not call it. Raises
-    ConfigError, DataError or FileError for bad settings or data, CheckpointError when the folder holds another run,
-    TrainingError when training breaks down; in each case what was on disk stays valid.
+    the trainer before it starts or continues, for example to append an `Observer` to its `observers` or to set its
+    `on_step`; a run that has ended does not call it. Raises ConfigError, DataError or FileError for bad settings or
+    data, CheckpointError when the folder holds another run, TrainingError when training breaks down; in each case what
+    was on disk stays valid.
     """
     progress = progress or default_progress()
     try:

@@ -28,7 +28,6 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import ENGINES
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.system.hardware import Precision
-from newllm_lib.training.batches import epoch_order, mix_seed
 from newllm_lib.training.checkpoint import load_checkpoint
 from newllm_lib.training.optimizers import make_optimizers, scale_lr
 from newllm_lib.training.setup import make_setup
@@ -130,20 +129,6 @@ def test_continuing_restores_the_global_generators(text, tmp_path):
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     continued_trainer(setup, tmp_path)
     assert (random.random(), np.random.rand(2).tolist(), torch.rand(2).tolist()) == expected
-
-
-def test_an_epoch_reads_every_sequence_once_in_an_order_of_its_own():
-    first, second = epoch_order(1, 0, 500), epoch_order(1, 1, 500)
-    assert sorted(first.tolist()) == list(range(500))
-    assert not torch.equal(first, second)
-    assert torch.equal(first, epoch_order(1, 0, 500))
-    assert not torch.equal(first, epoch_order(2, 0, 500))
-
-
-def test_seeds_of_different_uses_differ():
-    seeds = {mix_seed(seed, epoch, batch) for seed in range(5) for epoch in range(10) for batch in range(-1, 100)}
-    assert len(seeds) == 5 * 10 * 101
-    assert all(0 <= seed < 2**62 for seed in seeds)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(text):
