@@ -26,6 +26,7 @@ _HOMES = {
     "Run": "runs.run",
     "train": "runs.api",
     "plan": "runs.api",
+    "Observer": "training.observers",
     "Panel": "notebook.panel",
     "load": "runs.api",
     "evaluate": "runs.api",

@@ -101,7 +101,7 @@ def evaluate_split(
     side (`batch_size` of them at most), with the context carried over. Where memory runs out, the same rows come
     again, from then on as many at a time as `fewer(rows, failure)` says; MemoryError where one is too many.
     """
-    device = model.output.weight.device
+    device = model.device
     ids = torch.from_numpy(split.ids)
     token_bytes = None if split.token_bytes is None else torch.from_numpy(split.token_bytes).to(device)
     sums, context, size = MetricSums(token_bytes, split.bytes_per_word), None, batch_size

@@ -108,7 +108,7 @@ class Writer:
         check_count(max_new_tokens)
         unread, begun = self._unread + self._tokenizer.encode(prompt), [] if prompt else self._begun
         pieces = Pieces(self._tokenizer, unread[-1:] if not begun else (), stop)
-        tokens = torch.tensor([unread], device=self._model.output.weight.device)
+        tokens = torch.tensor([unread], device=self._model.device)
         decoding = Decoding(self._model, tokens, Sampling(**sampling), self._context, generator)
         self._unread, self._begun = unread, []
         for token in begun:
@@ -196,7 +196,7 @@ def generate_text(model: NewLLM, tokenizer: Tokenizer, prompt: str = "", seed: i
 
 def _padded(encoded: list[list[int]], model: NewLLM) -> tuple[Tensor, Tensor]:
     """Ids (B, T), padded at the end, and the lengths (B,)."""
-    device = model.output.weight.device
+    device = model.device
     lengths = torch.tensor([len(ids) for ids in encoded], device=device)
     tokens = torch.full((len(encoded), int(lengths.max())), PAD, device=device)
     for row, ids in enumerate(encoded):
@@ -205,4 +205,4 @@ def _padded(encoded: list[list[int]], model: NewLLM) -> tuple[Tensor, Tensor]:
 
 
 def _generator(model: NewLLM, seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(model.output.weight.device).manual_seed(seed)
+    return None if seed is None else torch.Generator(model.device).manual_seed(seed)

@@ -60,30 +60,30 @@ class _TokenLosses(torch.autograd.Function):
         weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
         nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         correct = torch.empty_like(nll, dtype=torch.bool)
-        slopes = BUFFERS.empty(len(hidden), len(weight), like=hidden) if any(ctx.needs_input_grad) else None
+        grad_logits = BUFFERS.empty(len(hidden), len(weight), like=hidden) if any(ctx.needs_input_grad) else None
         for part in _chunks(len(hidden), len(weight)):
             wanted = targets[part, None]
             logits = linear(hidden[part], weight, bias)  # (n, V)
-            shares = logits.log_softmax(1, dtype=wide)
-            correct[part] = _is_first_largest(shares, targets[part])
-            nll[part] = -shares.gather(1, wanted).squeeze(1)
-            if slopes is not None:
-                shares = shares.exp_()
-                slopes[part] = shares.scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
-        ctx.save_for_backward(hidden, weight, slopes)
+            log_probs = logits.log_softmax(1, dtype=wide)
+            correct[part] = _is_first_largest(log_probs, targets[part])
+            nll[part] = -log_probs.gather(1, wanted).squeeze(1)
+            if grad_logits is not None:
+                probs = log_probs.exp_()
+                grad_logits[part] = probs.scatter_add_(1, wanted, probs.new_full(wanted.shape, -1.0))
+        ctx.save_for_backward(hidden, weight, grad_logits)
         ctx.mark_non_differentiable(correct)
         return nll, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_nll: Tensor, _grad_correct: Tensor):
-        """With s the slopes (N, V) and g the gradient of nll: g s W, (g s)^T h and (g s)^T 1."""
-        hidden, weight, slopes = ctx.saved_tensors
+        """With s = d nll / d logits (N, V) and g the gradient of nll: g s W, (g s)^T h and (g s)^T 1."""
+        hidden, weight, grad_logits = ctx.saved_tensors
         largest = grad_nll.abs().amax().clamp(min=torch.finfo(grad_nll.dtype).tiny)  # keeps FP16 in its range
-        share = (grad_nll / largest).to(hidden.dtype)[:, None]  # (N, 1), at most 1
-        grad_hidden = (slopes @ weight).mul_(share).mul_(largest)
-        grad_weight = weight_gradient(slopes, hidden * share).mul_(largest)
-        grad_bias = weight_gradient(share, slopes).squeeze(0).mul_(largest)
+        scaled_grad = (grad_nll / largest).to(hidden.dtype)[:, None]  # (N, 1), at most 1
+        grad_hidden = (grad_logits @ weight).mul_(scaled_grad).mul_(largest)
+        grad_weight = weight_gradient(grad_logits, hidden * scaled_grad).mul_(largest)
+        grad_bias = weight_gradient(scaled_grad, grad_logits).squeeze(0).mul_(largest)
         weight_type, bias_type = ctx.types
         return grad_hidden, grad_weight.to(weight_type), grad_bias.to(bias_type), None
 

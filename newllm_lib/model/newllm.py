@@ -47,6 +47,18 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         self.output = layer(config.hidden_dim, config.vocab_size)
         self.initialise()
 
+    @classmethod
+    def fresh(cls, config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> NewLLM:
+        """The weights with which a run of this seed begins; drawn on the CPU, and therefore the same on any device."""
+        model = cls(config)
+        model.initialise(torch.Generator().manual_seed(seed))
+        return model.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.output.weight.device
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """The weights, and the tokenizer where it is known; called by `save_pretrained` and `push_to_hub`."""
         super()._save_pretrained(save_directory)

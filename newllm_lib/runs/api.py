@@ -15,7 +15,7 @@ from newllm_lib.escaping import say, text_table
 from newllm_lib.evaluation import Metrics, evaluate_split
 from newllm_lib.generation import generate_texts
 from newllm_lib.model.newllm import NewLLM
-from newllm_lib.model.recurrence.self_check import choose_engine
+from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.runs.folder import decisions, earlier_record, run_folder
 from newllm_lib.runs.launch import default_progress, launch
@@ -23,7 +23,6 @@ from newllm_lib.runs.run import Loaded, Run, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors
-from newllm_lib.system.hardware import choose_precision, detect
 from newllm_lib.training.plan import plan_lines
 from newllm_lib.training.setup import Setup, make_setup
 from newllm_lib.training.trainer import Trainer
@@ -59,9 +58,10 @@ def train(
 
     config: a preset's name or a RunConfig; overrides: any field by name. progress: what shows the course of it; None =
     live in a notebook, lines in a terminal. `fresh` starts over and keeps the old folder under a new name. `watch` gets
-    the trainer before it goes on, for example to set its `on_step`; a run that has ended does not call it. Raises
-    ConfigError, DataError or FileError for bad settings or data, CheckpointError when the folder holds another run,
-    TrainingError when training breaks down; in each case what was on disk stays valid.
+    the trainer before it starts or continues, for example to append an `Observer` to its `observers` or to set its
+    `on_step`; a run that has ended does not call it. Raises ConfigError, DataError or FileError for bad settings or
+    data, CheckpointError when the folder holds another run, TrainingError when training breaks down; in each case what
+    was on disk stays valid.
     """
     progress = progress or default_progress()
     try:
@@ -111,14 +111,13 @@ def evaluate(
             f"data {config.data.data}: the text has changed since the run was trained; to score it all the same, "
             "name it with data= (in the shell --data)"
         )
-    machine = detect(str(loaded.model.output.weight.device))
-    chosen = choose_precision(precision, machine)
-    engine = choose_engine("auto", chosen, machine.device).run
+    model = loaded.model
+    chosen, engine = choose_numerics(model.device, precision)
     if chosen.substituted:
         warn_on_stderr(f"scored in {chosen.name}: {chosen.reason}")
     batch = config.train.eval_batch_size
     with BUFFERS.kept():
-        return evaluate_split(loaded.model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine)
+        return evaluate_split(model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine.run)
 
 
 def side_by_side(runs: Sequence[Run], prompts: Sequence[str], *, seed: int = 0, **options):

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from newllm_lib.config import RunConfig
 from newllm_lib.errors import CheckpointError, TrainingError
 from newllm_lib.model.newllm import NewLLM
@@ -27,6 +25,7 @@ from newllm_lib.runs.recorder import Recorder, command
 from newllm_lib.runs.run import Run
 from newllm_lib.system.console import in_kernel
 from newllm_lib.training.checkpoint import Checkpoints
+from newllm_lib.training.observers import Observer
 from newllm_lib.training.setup import Setup, make_setup
 from newllm_lib.training.trainer import Trainer
 from newllm_lib.tuning import estimate_speed, settle_batch
@@ -36,9 +35,7 @@ def launch(requested: RunConfig, fresh: bool, progress: Progress, watch: Callabl
     """Train or continue the run that was asked for; errors as of `newllm_lib.train`."""
     setup, folder, earlier, mirror = _setup_and_folder(requested, fresh, progress)
     progress.watch(mirror.safety if mirror else None)
-    model = NewLLM(setup.config.model)
-    model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
-    model.to(setup.machine.device)
+    model = NewLLM.fresh(setup.config.model, setup.config.train.seed, setup.machine.device)
     trainer = Trainer(setup, model, Checkpoints(folder / "checkpoints", folder.name), progress)
     _continue(trainer, earlier, progress)
     if trainer.ended() and (earlier.get("status"), earlier.get("step")) == (trainer.ended(), trainer.state.step):
@@ -55,8 +52,20 @@ def launch(requested: RunConfig, fresh: bool, progress: Progress, watch: Callabl
     if reason := recorder.record["faithful_reason"]:
         progress.message(f"warning: not faithful to the published run: {reason}")
     progress.begin(recorder.record, trainer.state.history)
+    trainer.observers += [recorder, *([_RequestCopy(mirror)] if mirror else [])]
     watch(trainer)
     return _fit(trainer, recorder, progress, mirror)
+
+
+class _RequestCopy(Observer):
+    """Has each save copied."""
+
+    def __init__(self, mirror: Mirror):
+        self._mirror = mirror
+
+    def on_save(self, trainer: Trainer) -> None:
+        """Returns at once."""
+        self._mirror.request()
 
 
 def default_progress() -> Progress:
@@ -125,9 +134,6 @@ def _how_to_extend(trainer: Trainer) -> str:
 
 def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirror | None) -> Run:
     """Train to the end and write what the run leaves behind, however it ends."""
-    trainer.on_validation = recorder.validated
-    if mirror:
-        trainer.on_save = mirror.request
     recorder.write("running")
     status = "failed"
     try:

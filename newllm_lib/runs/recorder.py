@@ -20,6 +20,7 @@ from newllm_lib.reporting.record import write_history, write_record
 from newllm_lib.system.files import make_folder
 from newllm_lib.system.hardware import environment
 from newllm_lib.training.checkpoint import load_checkpoint
+from newllm_lib.training.observers import Observer
 from newllm_lib.training.plan import is_published_protocol, plan_lines, unfaithful_reason
 from newllm_lib.training.trainer import Trainer
 from newllm_lib.tuning import estimate_speed
@@ -31,7 +32,7 @@ LEAST_SECONDS = 10
 """Of training, before a run's speed stands for this machine in later plans."""
 
 
-class Recorder:
+class Recorder(Observer):
     """Writes what a run leaves behind; `earlier` is the record of the part of the run before this one."""
 
     def __init__(self, trainer: Trainer, folder: Path, earlier: dict[str, Any]):
@@ -91,12 +92,12 @@ class Recorder:
         reason = unfaithful_reason(self.trainer.setup) or earlier.get("faithful_reason")
         return reason is None, reason
 
-    def validated(self, best: bool) -> None:
-        """After each validation: the weights if they are the best, then the tables."""
-        if best:
-            export_model(self.folder / "model", self.trainer.model, self.trainer.setup.prepared.tokenizer)
+    def on_validation(self, trainer: Trainer, row: dict[str, Any], improved: bool) -> None:
+        """The weights if they are the best, then the tables."""
+        if improved:
+            export_model(self.folder / "model", trainer.model, trainer.setup.prepared.tokenizer)
             self.record["model_step"] = None
-        write_history(self.folder, self.trainer.state.history)
+        write_history(self.folder, trainer.state.history)
         self._write_record("running")
 
     def write(self, status: str) -> None:

@@ -27,11 +27,10 @@ from newllm_lib.data.corpus import load_corpus
 from newllm_lib.errors import ConfigError, DataError
 from newllm_lib.escaping import markdown_text
 from newllm_lib.model.loss import token_losses
-from newllm_lib.model.recurrence.self_check import choose_engine
+from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.runs.run import Loaded, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.files import file_errors
-from newllm_lib.system.hardware import choose_precision, detect
 
 _SLOTS = 1 << 14
 """Tokens of one forward pass, padding included: their hidden layer is 32 MiB at 512 units, however long a text is."""
@@ -182,10 +181,8 @@ def word_bits(loaded: Loaded, texts: Sequence[str], *, precision: str = "fp32") 
 @torch.no_grad()
 def _scored(loaded: Loaded, encoded: list[list[int]], precision: str) -> Iterator[tuple[int, Tensor]]:
     """The index of each text and the nll (tokens + 1,) of its tokens and its end, in nats."""
-    model, device = loaded.model, loaded.model.output.weight.device
-    machine = detect(str(device))
-    chosen = choose_precision(precision, machine)
-    engine = choose_engine("auto", chosen, machine.device).run
+    model, device = loaded.model, loaded.model.device
+    chosen, engine = choose_numerics(device, precision)
     was_training = model.training
     model.eval()
     try:
@@ -197,7 +194,7 @@ def _scored(loaded: Loaded, encoded: list[list[int]], precision: str) -> Iterato
                 tokens, targets = ids[:, start : start + _SLOTS], ids[:, start + 1 : start + _SLOTS + 1]
                 tokens = tokens[:, : targets.shape[1]]
                 with chosen.autocast(device.type):
-                    hidden, context = model.hidden(tokens, context, (targets != PAD).sum(1), engine=engine)
+                    hidden, context = model.hidden(tokens, context, (targets != PAD).sum(1), engine=engine.run)
                     parts.append(token_losses(hidden, model.head, targets)[0])
             yield from zip(rows, torch.cat(parts).split(lengths.tolist()), strict=True)
     finally:

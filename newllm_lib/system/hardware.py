@@ -60,6 +60,13 @@ class Precision:
         """The context in which matrix products run in this format."""
         return torch.autocast(device_type, dtype=self.dtype, enabled=self.name != "fp32")
 
+    def scaler(self, device_kind: str, init_scale: float = 65536.0) -> torch.amp.GradScaler:
+        """A new loss scaler for a device of this kind (cpu or cuda): enabled for FP16 only.
+
+        init_scale: the loss scale of the first step.
+        """
+        return torch.amp.GradScaler(device_kind, init_scale=init_scale, enabled=self.name == "fp16")
+
 
 def detect(device: str = "auto", threads: int | None = None) -> Machine:
     """The machine as torch sees it; ConfigError for a device that is not there."""

@@ -11,20 +11,25 @@ from newllm_lib.system.memory import fewer_rows, peak_memory_bytes
 
 
 @dataclass
-class Portion:
-    """How many sequences are computed at a time: fewer each time that memory has run out."""
+class AdaptiveMicroBatch:
+    """How many sequences are computed at a time: half as many each time that memory runs out."""
 
     rows: int
+    """Sequences at a time."""
     work: str
+    """What is computed, for messages."""
     whole: str
-    """What does not change with `rows`."""
+    """What does not change with `rows`, for messages."""
     field: str
-    """Which one sets `rows`."""
+    """The setting that `rows` starts from."""
     machine: Machine
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
 
     def halve(self, rows: int, failure: str) -> int:
-        """Half of `rows` from here on, said to the user; TrainingError where it is one. As `memory.fewer_rows`."""
+        """Set `rows` to half of those that failed, tell the user, and return it; TrainingError where only one failed.
+
+        rows: sequences that were computed when memory ran out; failure: what the system said.
+        """
         try:
             self.rows = fewer_rows(rows, failure)
         except MemoryError as error:
@@ -32,8 +37,8 @@ class Portion:
             raise TrainingError(
                 f"{self.work}: {error}. At most {used:.1f} GiB were in use, of {there:.1f} GiB of {self.machine.name}"
             ) from None
-        self.tell(
+        self.log(
             f"warning: memory ran out in {self.work}: {self.whole} stays as it is, computed {self.rows} sequences at a "
-            f"time; {self.field} = {self.rows} begins that way"
+            f"time; to start that way, set {self.field} = {self.rows}"
         )
         return self.rows

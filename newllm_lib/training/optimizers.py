@@ -8,14 +8,14 @@ from newllm_lib.config import TrainConfig
 from newllm_lib.model.newllm import NewLLM
 
 
-def make_optimizers(model: NewLLM, train: TrainConfig, peak_rate: float) -> list[torch.optim.Optimizer]:
-    """Adam, AdamW, or Muon with AdamW; each group keeps its peak rate under `peak_lr`.
+def make_optimizers(model: NewLLM, train: TrainConfig, peak_lr: float) -> list[torch.optim.Optimizer]:
+    """Adam, AdamW, or Muon with AdamW; each group keeps its peak learning rate under `peak_lr`.
 
     Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises the update of a matrix, so it takes the hidden
     matrices: both halves of the first layer, the other layers and the context heads. Embedding, output head, biases
     and LayerNorm stay with AdamW.
     """
-    adam = {"lr": peak_rate, "betas": (train.beta1, train.beta2), "weight_decay": train.weight_decay}
+    adam = {"lr": peak_lr, "betas": (train.beta1, train.beta2), "weight_decay": train.weight_decay}
     if train.optimizer == "adam":
         optimizers = [torch.optim.Adam(model.parameters(), **adam)]
     elif train.optimizer == "adamw":
@@ -33,8 +33,8 @@ def make_optimizers(model: NewLLM, train: TrainConfig, peak_rate: float) -> list
     return optimizers
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Let every group learn at `factor` times its peak rate."""
+def scale_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set the learning rate of every group to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]

@@ -12,6 +12,7 @@ from newllm_lib.errors import ConfigError
 from newllm_lib.model.recurrence.self_check import EngineChoice, choose_engine
 from newllm_lib.system.hardware import Machine, Precision, choose_precision, default_batch_size, detect
 from newllm_lib.training import schedule
+from newllm_lib.training.batches import batches_per_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,7 @@ class Setup:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the last one possibly smaller."""
-        rows = len(self.train_split.ids)
-        return rows if self.train_split.carries_context else -(-rows // self.config.train.batch_size)
+        return batches_per_epoch(self.train_split, self.config.train.batch_size)
 
     @property
     def total_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""One optimizer step, from a batch of ids to changed weights."""
+"""One optimizer step, from a batch of ids to changed weights; and the object that holds what a step needs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import Dropout
 from newllm_lib.system.hardware import Precision
 from newllm_lib.system.memory import is_out_of_memory
+from newllm_lib.training.optimizers import make_optimizers, scale_lr
+from newllm_lib.training.schedule import clip_norm
+from newllm_lib.training.setup import Setup
 from newllm_lib.training.skips import listed
 
 
@@ -37,6 +40,73 @@ class StepResult:
     """(B, C) after the batch, detached."""
     ids: Tensor
     """(B, S) int64: the batch."""
+
+
+class TrainingStep:
+    """A model with all that one update of it needs: call it with a batch.
+
+    `optimizers`, `scaler`, `engine` and `precision` may be read at any time; `clip` (largest global norm of the
+    gradient) and `micro_batch` (sequences computed at a time, None = the whole batch) may be set between steps.
+    """
+
+    def __init__(
+        self,
+        model: NewLLM,
+        optimizers: list[torch.optim.Optimizer],
+        precision: Precision,
+        engine: Callable,
+        *,
+        clip: float = math.inf,
+        micro_batch: int | None = None,
+        init_scale: float = 65536.0,
+    ):
+        """engine: a function of `recurrence.ENGINES`; init_scale: the loss scale of the first step (FP16 only)."""
+        self.model, self.optimizers, self.precision, self.engine = model, optimizers, precision, engine
+        self.clip, self.micro_batch = clip, micro_batch
+        self.scaler = precision.scaler(model.device.type, init_scale)
+        self.lr_factor = 1.0
+        """Of the peak learning rate."""
+
+    @classmethod
+    def for_run(cls, setup: Setup, model: NewLLM, init_scale: float = 65536.0) -> TrainingStep:
+        """As a run trains in its first epoch, with new optimizers; the model is on the setup's device."""
+        train = setup.config.train
+        return cls(
+            model,
+            make_optimizers(model, train, setup.rate.value),
+            setup.precision,
+            setup.engine.run,
+            clip=clip_norm(0, train),
+            micro_batch=train.micro_batch_size,
+            init_scale=init_scale,
+        )
+
+    def set_lr(self, factor: float) -> None:
+        """From the next step on, every parameter group learns at `factor` times its peak learning rate."""
+        scale_lr(self.optimizers, factor)
+        self.lr_factor = factor
+
+    def renew_scaler(self) -> None:
+        """Forget the loss scale, and what the scaler holds of a step that was not finished."""
+        self.scaler = self.precision.scaler(self.model.device.type)
+
+    def __call__(self, ids: Tensor, *, dropout_seed: int = 0, context: Tensor | None = None) -> StepResult:
+        """One update by ids (B, S) int64 on the model's device, from a context (B, C) or the empty one.
+
+        TrainingError and PartialUpdateError as of `optimizer_step`.
+        """
+        return optimizer_step(
+            self.model,
+            self.optimizers,
+            self.scaler,
+            ids,
+            engine=self.engine,
+            precision=self.precision,
+            clip=self.clip,
+            micro_batch=self.micro_batch,
+            dropout_seed=dropout_seed,
+            context=context,
+        )
 
 
 def optimizer_step(
@@ -66,8 +136,8 @@ def optimizer_step(
     lengths = (targets != PAD).sum(1)
     num_targets = int(lengths.sum())
     nll_sum, contexts = torch.zeros((), dtype=torch.float64, device=device), []
-    rate = model.config.dropout
-    dropout = Dropout(rate, dropout_seed, device, rows) if rate else None
+    dropout_p = model.config.dropout
+    dropout = Dropout(dropout_p, dropout_seed, device, rows) if dropout_p else None
     for start in range(0, rows, micro_batch or rows):
         part = slice(start, start + (micro_batch or rows))
         if dropout is not None:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from newllm_lib.config import RunConfig
 from newllm_lib.config.presets import resolve
 from newllm_lib.data.dataset import prepare
@@ -22,12 +20,10 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.files import file_errors, make_folder, write_atomic, write_text_atomic
 from newllm_lib.system.hardware import cpu_threads
-from newllm_lib.training.batches import epoch_order, mix_seed
-from newllm_lib.training.optimizers import make_optimizers, set_rates
+from newllm_lib.training.batches import Batches, mix_seed
 from newllm_lib.training.rng import generator_states, restore_generators
-from newllm_lib.training.schedule import clip_norm
 from newllm_lib.training.setup import Setup, make_setup
-from newllm_lib.training.step import optimizer_step
+from newllm_lib.training.step import TrainingStep
 
 _SMOOTHING = 0.9
 """Decay of the running mean of the loss."""
@@ -105,59 +101,36 @@ def _copy(setup: Setup, model: NewLLM | None) -> NewLLM:
                 f"the model has {model.config.vocab_size} ids, the data's tokenizer {setup.config.model.vocab_size}"
             )
         return copy.deepcopy(model).to(setup.machine.device)
-    fresh = NewLLM(setup.config.model)
-    fresh.initialise(torch.Generator().manual_seed(setup.config.train.seed))
-    return fresh.to(setup.machine.device)
+    return NewLLM.fresh(setup.config.model, setup.config.train.seed, setup.machine.device)
 
 
 def _sweep(
     setup: Setup, model: NewLLM, low: float, high: float, steps: int, report: Callable[[int, float, float], None] | None
 ) -> RangeTest:
     train = setup.config.train
-    optimizers = make_optimizers(model, train, setup.rate.value)
-    scaler = torch.amp.GradScaler(setup.machine.kind, enabled=setup.precision.name == "fp16")
+    training_step = TrainingStep.for_run(setup, model)
+    batches = Batches(setup.train_split, train.batch_size, train.seed, setup.machine.device)
     rates, losses, smoothed, mean = [], [], [], 0.0
     model.train()
     with cpu_threads(setup.machine.threads):
         for step in range(steps):
-            rate = low * (high / low) ** (step / (steps - 1))
-            set_rates(optimizers, rate / setup.rate.value)
+            lr = low * (high / low) ** (step / (steps - 1))
+            training_step.set_lr(lr / setup.rate.value)
+            ids = batches.read(*divmod(step, batches.per_epoch))  # epoch after epoch; no context is carried
             try:
-                result = optimizer_step(
-                    model,
-                    optimizers,
-                    scaler,
-                    _batch(setup, step),
-                    engine=setup.engine.run,
-                    precision=setup.precision,
-                    clip=clip_norm(0, train),
-                    micro_batch=train.micro_batch_size,
-                    dropout_seed=mix_seed(train.seed, 0, step),
-                )
+                result = training_step(ids, dropout_seed=mix_seed(train.seed, 0, step))
             except TrainingError:
                 break
             loss = result.nll / result.tokens
             mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
-            rates.append(rate)
+            rates.append(lr)
             losses.append(loss)
             smoothed.append(mean / (1 - _SMOOTHING ** (step + 1)))
             if report:
-                report(step + 1, rate, loss)
+                report(step + 1, lr, loss)
             if step >= _LEAST_STEPS and smoothed[-1] > _DIVERGED * min(smoothed):
                 break
     return RangeTest(rates, losses, smoothed, *suggest(rates, smoothed))
-
-
-def _batch(setup: Setup, step: int) -> torch.Tensor:
-    """The ids (B, S) int64 of a step: the trainer's own batches, epoch after epoch; no context is carried."""
-    split, size = setup.train_split, setup.config.train.batch_size
-    number = step % setup.steps_per_epoch
-    if split.carries_context:
-        rows = torch.from_numpy(split.ids[number])
-    else:
-        order = epoch_order(setup.config.train.seed, step // setup.steps_per_epoch, len(split.ids))
-        rows = torch.from_numpy(split.ids)[order[number * size : (number + 1) * size]]
-    return rows.long().to(setup.machine.device)
 
 
 def suggest(rates: list[float], smoothed: list[float]) -> tuple[float | None, str]:

@@ -21,13 +21,11 @@ from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.hardware import cpu_threads
 from newllm_lib.system.memory import GPUMemory, ProcessMemory, is_out_of_memory
 from newllm_lib.system.timing import wait
-from newllm_lib.training.batches import epoch_order
+from newllm_lib.training.batches import Batches
 from newllm_lib.training.estimates import memory_estimate_bytes
-from newllm_lib.training.optimizers import make_optimizers, set_rates
 from newllm_lib.training.rng import generator_states, restore_generators
-from newllm_lib.training.schedule import clip_norm
 from newllm_lib.training.setup import Setup
-from newllm_lib.training.step import StepResult, optimizer_step
+from newllm_lib.training.step import StepResult, TrainingStep
 
 RAN, OUT_OF_MEMORY, ABOVE_LIMIT = "ran", "out of memory", "above the limit"
 """How a try ends."""
@@ -113,7 +111,8 @@ def time_steps(setup: Setup) -> tuple[float, float]:
     with _undisturbed(setup):
         copy = _Copy(setup)
         copy.few_rows_step()
-        copy.step(copy.batch(0))  # kernels are compiled when a shape is first met: up to twice the time
+        ids = copy.batches.read_repeating(0)
+        copy.step(ids)  # kernels are compiled when a shape is first met: up to twice the time
         return copy.timed()
 
 
@@ -162,38 +161,24 @@ def _undisturbed(setup: Setup) -> Iterator[None]:
 
 
 class _Copy:
-    """A model of the run's shape with its optimizers, on the run's device. Its rate is 0: the work is the same."""
+    """A model of the run's shape with its training step and batches, on the run's device.
+
+    Its learning rate is 0: the work is the same.
+    """
 
     def __init__(self, setup: Setup):
         self.setup = setup
         train, self.device = setup.config.train, setup.machine.device
         self.model = NewLLM(setup.config.model).to(self.device).train()
-        self.optimizers = make_optimizers(self.model, train, setup.rate.value)
-        set_rates(self.optimizers, 0.0)
         # at a scale of 1 no step is skipped: one that is makes no optimizer state and shows too little memory
-        enabled = setup.precision.name == "fp16"
-        self.scaler = torch.amp.GradScaler(setup.machine.kind, init_scale=1.0, enabled=enabled)
-        self.ids = torch.from_numpy(setup.train_split.ids).to(self.device)  # as the trainer keeps them
+        self.step = TrainingStep.for_run(setup, self.model, init_scale=1.0)
+        self.step.set_lr(0.0)
+        self.batches = Batches(setup.train_split, train.batch_size, train.seed, self.device)
 
     def full_rows(self, rows: int) -> Tensor:
         """Ids (rows, S) of random words, none of them padding: as much work and memory as a batch can take."""
         shape = (rows, self.setup.config.data.sequence_length)
         return torch.randint(len(SPECIAL_TOKENS), self.setup.config.model.vocab_size, shape).to(self.device)
-
-    def step(self, ids: Tensor, context: Tensor | None = None) -> StepResult:
-        """The trainer's own step."""
-        train = self.setup.config.train
-        return optimizer_step(
-            self.model,
-            self.optimizers,
-            self.scaler,
-            ids,
-            engine=self.setup.engine.run,
-            precision=self.setup.precision,
-            clip=clip_norm(0, train),
-            micro_batch=train.micro_batch_size,
-            context=context,
-        )
 
     def few_rows_step(self) -> None:
         """A step that makes the optimizer's state."""
@@ -203,7 +188,7 @@ class _Copy:
         """A step and its seconds."""
         wait(self.setup.machine)
         started = time.perf_counter()
-        result = self.step(ids, context)
+        result = self.step(ids, context=context)
         wait(self.setup.machine)
         return result, time.perf_counter() - started
 
@@ -228,7 +213,7 @@ class _Copy:
         taken: list[tuple[float, float]] = []
         context = None
         for number in itertools.count():
-            result, seconds = self.timed_step(self.batch(number), context)
+            result, seconds = self.timed_step(self.batches.read_repeating(number), context)
             taken.append((result.tokens / seconds, seconds))
             context = result.context if self.setup.train_split.carries_context else None
             spent = sum(one for _, one in taken)
@@ -236,12 +221,3 @@ class _Copy:
                 break
         speeds, seconds = zip(*taken, strict=True)
         return statistics.median(speeds), statistics.median(seconds)
-
-    def batch(self, number: int) -> Tensor:
-        """The ids (B, S) of a training step, of the first epoch again and again."""
-        if self.setup.train_split.carries_context:
-            return self.ids[number % len(self.ids)].long()
-        train, rows = self.setup.config.train, len(self.ids)
-        order = epoch_order(train.seed, 0, rows)
-        places = torch.arange(number * train.batch_size, (number + 1) * train.batch_size) % rows
-        return self.ids[order[places].to(self.ids.device)].long()

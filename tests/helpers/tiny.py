@@ -45,8 +45,7 @@ def tiny_setup(data: Path, precision: str = "fp32", **changes) -> Setup:
 
 
 def tiny_trainer(setup: Setup, folder: Path, progress: Progress | None = None) -> Trainer:
-    model = NewLLM(setup.config.model)
-    model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
+    model = NewLLM.fresh(setup.config.model, setup.config.train.seed)
     return Trainer(setup, model, Checkpoints(folder, "tiny"), progress)
 
 

@@ -196,6 +196,18 @@ def test_a_generator_decides_the_initial_values_and_the_global_one_is_left_alone
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_fresh_weights_are_a_function_of_the_seed_alone_and_lie_where_they_should():
+    config = ModelConfig(vocab_size=11, hidden_dim=8)
+    by_hand = NewLLM(config)
+    by_hand.initialise(torch.Generator().manual_seed(5))
+    torch.manual_seed(1)
+    first, other = NewLLM.fresh(config, 5), NewLLM.fresh(config, 6)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), by_hand.parameters(), strict=True))
+    assert not torch.equal(first.output.weight, other.output.weight)
+    assert first.device == torch.device("cpu")
+    assert NewLLM.fresh(config, 5, "meta").device == torch.device("meta")
+
+
 def test_training_mode_drops_units_and_evaluation_mode_does_not():
     model, tokens = small(dropout=0.5), some_tokens(2, 5)
     assert not torch.equal(model(tokens)[0], model(tokens)[0])

@@ -391,7 +391,7 @@ def test_a_run_whose_update_is_torn_shows_each_validation_once(tmp_path, progres
         "3", "6", "8", "9", "12", "15", "16",
     ]  # fmt: skip
     assert drawings[-1] == 7
-    assert "going on from step 0" in screen.text
+    assert "resumed from step 0" in screen.text
 
 
 def test_a_row_that_comes_again_takes_the_place_of_the_first_in_table_curves_and_warnings(

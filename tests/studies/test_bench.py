@@ -55,7 +55,7 @@ def test_work_is_counted_as_in_the_formulas():
 def test_make_step_performs_the_step_of_the_trainer(text, tmp_path, engine):
     setup = tiny_setup(text, dropout=0.0, engine=engine, lr=None, lr_base=1e-4, epochs=1)
     trainer = tiny_trainer(setup, tmp_path)
-    ids = trainer._batch()
+    ids = trainer._batches.read(0, 0)
     model = NewLLM(setup.config.model)
     model.load_state_dict(trainer.model.state_dict())
     loss = make_step(model, ids, engine=engine, precision="fp32", train=TrainConfig())()

@@ -17,6 +17,7 @@ from tiny import RECIPE, SHAPE, tiny_config, tiny_setup, tiny_trainer
 from newllm_lib import runs
 from newllm_lib.cli import main
 from newllm_lib.errors import TrainingError
+from newllm_lib.model.newllm import NewLLM
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.studies.precision.compare import (
     around_the_first_skip,
@@ -28,7 +29,7 @@ from newllm_lib.studies.precision.compare import (
 )
 from newllm_lib.studies.precision.rounding import batch_ids, gradients, part_of, rounding_errors
 from newllm_lib.studies.precision.step_log import StepLog, Weights, marks, read_steps, relative_distance
-from newllm_lib.studies.precision.study import PrecisionStudy, available_formats, compare_precisions, fresh_model
+from newllm_lib.studies.precision.study import PrecisionStudy, available_formats, compare_precisions
 from newllm_lib.system.hardware import Machine, Precision
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -181,6 +182,10 @@ def test_what_makes_no_comparison_is_refused(text, formats, changes, message):
 
 
 # --- one step at the same weights -----------------------------------------------------------------------------------
+
+
+def fresh_model(setup):
+    return NewLLM.fresh(setup.config.model, setup.config.train.seed)
 
 
 @pytest.fixture(scope="module")
@@ -350,8 +355,7 @@ def test_a_run_that_goes_back_records_each_batch_once_and_in_order(text, tmp_pat
     log = StepLog(path, lambda model, batch: (float(len(seen)), 0.0))
     with log.open():
         log.watch(trainer)
-        record = trainer.on_step
-        trainer.on_step = lambda result: (seen.append(trainer.state.step), record(result))
+        trainer.on_step = lambda result: seen.append(trainer.state.step)
         assert trainer.fit() == "finished"
     repeated = {0: [], 7: [7]}[number]
     assert seen == [*range(1, number + 1), *range(number + 1 - len(repeated), 13)]
@@ -362,16 +366,16 @@ def test_a_run_that_goes_back_and_ends_there_keeps_no_line_of_what_it_undid(text
     """Memory runs out in the update of step 8, and then in every step: the run is at step 6, and so is its log."""
     path = tmp_path / "steps.csv"
     trainer = tiny_trainer(tiny_setup(text, max_steps=12, epochs=None), tmp_path / "checkpoints")
-    optimizer, batch = trainer.optimizers[0], trainer._batch
+    optimizer, read = trainer.optimizers[0], trainer._batches.read
     optimizer.step = torn_update(7)(optimizer.step)
     calls = iter(range(10_000))
 
-    def failing():
+    def failing(*args):
         if next(calls) > 7:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return batch()
+        return read(*args)
 
-    trainer._batch = failing
+    trainer._batches.read = failing
     log = StepLog(path, lambda model, batch: (0.0, 0.0))
     with log.open(), pytest.raises(TrainingError, match="with one sequence at a time"):
         log.watch(trainer)

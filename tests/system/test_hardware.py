@@ -179,3 +179,11 @@ def test_the_allocator_of_this_machine_is_understood():
 )
 def test_other_errors_are_not_taken_for_it(error):
     assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_only_fp16_scales_its_loss(name):
+    precision = hardware.Precision(name, "for the test")
+    for scaler, scale in ((precision.scaler("cpu"), 65536.0), (precision.scaler("cpu", init_scale=8.0), 8.0)):
+        assert scaler.is_enabled() == (name == "fp16")
+        assert float(scaler.scale(torch.tensor(2.0))) == (2.0 * scale if name == "fp16" else 2.0)

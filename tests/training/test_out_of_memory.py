@@ -26,14 +26,14 @@ from newllm_lib.cli import main
 from newllm_lib.errors import TrainingError
 from newllm_lib.evaluation import MetricSums, evaluate_split
 from newllm_lib.model.newllm import NewLLM
+from newllm_lib.model.recurrence import self_check
 from newllm_lib.model.recurrence.self_check import choose_engine
 from newllm_lib.reporting.progress import Progress
-from newllm_lib.runs import api
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.hardware import Precision
 from newllm_lib.system.memory import fewer_rows
 from newllm_lib.training import setup as setups
-from newllm_lib.training import trainer as trainer_module
+from newllm_lib.training import step as step_module
 from newllm_lib.training.step import optimizer_step
 
 WORDINGS = {
@@ -89,7 +89,7 @@ def test_in_any_wording_the_run_becomes_the_one_of_half_the_micro_batch(text, tm
         [],
         [
             "warning: memory ran out in training: the batch of 8 stays as it is, computed 4 sequences at a time; "
-            "micro_batch_size = 4 begins that way"
+            "to start that way, set micro_batch_size = 4"
         ],
     )
 
@@ -153,7 +153,7 @@ def fail_once(call, number, *, after=False, error=WORDINGS["CUDA"]):
 def fail_in(place, trainer, patch, step):
     """Let memory run out once, in a part of a step (counted from 0)."""
     if place == "batch":
-        trainer._batch = fail_once(trainer._batch, step)
+        trainer._batches.read = fail_once(trainer._batches.read, step)
     elif place == "clip":
         clip = torch.nn.utils.clip_grads_with_norm_
         patch.setattr(torch.nn.utils, "clip_grads_with_norm_", fail_once(clip, step, after=True))
@@ -197,7 +197,7 @@ def test_at_the_first_step_it_starts_over_in_smaller_parts(text, tmp_path, monke
         assert found.fit() == "finished"
     expected, _ = trained(tiny_setup(text, **SHORT | changes, micro_batch_size=4), tmp_path / "b")
     assert same(result_of(found), result_of(expected))
-    torn = [] if place == "batch" else ["the weights were being changed just then: going on from step 0"]
+    torn = [] if place == "batch" else ["memory ran out during the update: resumed from step 0"]
     assert said.messages[1:] == torn
 
 
@@ -223,10 +223,10 @@ def test_control_a_batch_that_is_doubled_lost_or_half_applied_is_noticed(text, t
     expected, _ = trained(tiny_setup(text, **SHORT, micro_batch_size=4), tmp_path / "b")
     found = tiny_trainer(tiny_setup(text, **SHORT), tmp_path / "a")
     if fault == "doubled":  # memory runs out once all is done, and is not said to have torn the update
-        monkeypatch.setattr(trainer_module, "optimizer_step", fail_once(optimizer_step, 0, after=True))
+        monkeypatch.setattr(step_module, "optimizer_step", fail_once(optimizer_step, 0, after=True))
     elif fault == "lost":
-        halve = found._portion.halve
-        found._portion.halve = lambda *args: setattr(found.state, "batch", 1) or halve(*args)
+        halve = found._micro_batch.halve
+        found._micro_batch.halve = lambda *args: setattr(found.state, "batch", 1) or halve(*args)
         fail_in("batch", found, monkeypatch, 0)
     else:
         fail_in("first optimizer", found, monkeypatch, 0)
@@ -241,7 +241,7 @@ def test_a_continued_run_finds_its_micro_batch_again(text, tmp_path):
     stopped_trainer(setup, tmp_path / "b", 5)
     continued = continued_trainer(setup, tmp_path / "b")
     continued.progress = said = Quiet()
-    continued._portion.tell = said.message
+    continued._micro_batch.log = said.message
     assert continued.fit() == "finished"
     assert same(result_of(continued), result_of(whole))
     assert len(said.messages) == 1
@@ -273,9 +273,9 @@ def test_nothing_of_the_failed_try_is_held_when_the_batch_comes_again(text, tmp_
         zero_grad(**options)
 
     trainer.optimizers[0].zero_grad = watched
-    assert trainer._step(1.0) is None
-    assert trainer._step(1.0).tokens > 0
-    trainer._step(1.0)
+    assert trainer._step() is None
+    assert trainer._step().tokens > 0
+    trainer._step()
     assert len(tensors) == 1
     assert held[1] == (0, 0, 0)
     assert held[2][1] > 0  # the control: a step leaves its gradients
@@ -396,7 +396,7 @@ def test_validation_goes_on_in_smaller_parts_and_says_so_once(text, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert ours[1:] == theirs[1:]
     assert same(dict(found.model.state_dict()), dict(expected.model.state_dict()))
-    assert [text.rsplit("eval_batch_size = ")[1] for text in messages] == ["8 begins that way", "4 begins that way"]
+    assert [text.rsplit("eval_batch_size = ")[1] for text in messages] == ["8", "4"]
     assert messages[0].startswith(
         "warning: memory ran out in validation: what is scored stays as it is, computed 8 seq"
     )
@@ -411,7 +411,7 @@ def test_validation_that_cannot_take_one_sequence_is_a_clear_error(text, tmp_pat
 def test_scoring_a_run_that_does_not_fit_is_a_clear_error(text, monkeypatch, tmp_path):
     run = nl.train(tiny_config(text, results_dir=str(tmp_path), epochs=1), progress=Progress())
     monkeypatch.setattr(
-        api,
+        self_check,
         "choose_engine",
         lambda *args: (found := choose_engine(*args))._replace(run=small_memory(0, training=False)(found.run)),
     )

@@ -1,10 +1,11 @@
 """One optimizer step: the same update however the batch is cut."""
 
+import math
 import weakref
 
 import pytest
 import torch
-from tiny import SHAPE, same
+from tiny import SHAPE, same, tiny_setup
 
 from newllm_lib.config import ModelConfig
 from newllm_lib.errors import PartialUpdateError, TrainingError
@@ -13,7 +14,8 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import ENGINES, Dropout
 from newllm_lib.system.hardware import Precision
 from newllm_lib.training import step as step_module
-from newllm_lib.training.step import optimizer_step
+from newllm_lib.training.optimizers import make_optimizers
+from newllm_lib.training.step import TrainingStep, optimizer_step
 
 FP16 = Precision("fp16", "")
 engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
@@ -220,3 +222,63 @@ def test_memory_that_runs_out_earlier_changes_nothing_and_the_step_can_be_done_a
     again = step(engine)
     assert (again.nll, again.tokens, again.grad_norm) == (once.nll, once.tokens, once.grad_norm)
     assert same(dict(model.state_dict()), expected)
+
+
+# --- the object that holds what a step needs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"micro_batch_size": 3}], ids=["adam", "muon", "micro"])
+def test_the_step_of_a_run_is_the_one_with_its_parts_given_by_hand(text, changes):
+    setup, results = tiny_setup(text, clip_by_epoch=((0, 0.5), (1, 9.0)), **changes), []
+    ids = torch.from_numpy(setup.train_split.ids[:8]).long()
+    for by_hand in (False, True):
+        model, train = NewLLM.fresh(setup.config.model, 1), setup.config.train
+        if by_hand:
+            optimizers = make_optimizers(model, train, setup.rate.value)
+            result = optimizer_step(
+                model, optimizers, torch.amp.GradScaler("cpu", enabled=False), ids, engine=setup.engine.run,
+                precision=setup.precision, clip=0.5, micro_batch=train.micro_batch_size, dropout_seed=7,
+            )  # fmt: skip
+        else:
+            result = TrainingStep.for_run(setup, model)(ids, dropout_seed=7)
+        results.append([dict(model.state_dict()), result.nll, result.grad_norm, result.tokens])
+    assert same(*results)
+
+
+def test_learning_rate_clipping_and_context_are_those_that_were_set(text):
+    setup = tiny_setup(text, dropout=0.0)
+    ids = torch.from_numpy(setup.train_split.ids[:8]).long()
+
+    def moved(clip, factor, context=None):
+        model = NewLLM.fresh(setup.config.model, 1)
+        before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        sgd = torch.optim.SGD(model.parameters(), lr=2.0)
+        sgd.param_groups[0]["peak_lr"] = 2.0
+        step = TrainingStep(model, [sgd], setup.precision, setup.engine.run)
+        step.clip = clip
+        step.set_lr(factor)
+        result = step(ids, context=context)
+        after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        return float((after - before).norm()), result
+
+    unclipped, result = moved(math.inf, 1.0)
+    assert unclipped == pytest.approx(2.0 * result.grad_norm, rel=1e-4)
+    assert moved(0.01, 1.0)[0] == pytest.approx(2.0 * 0.01, rel=1e-3)
+    assert moved(math.inf, 0.25)[0] == pytest.approx(0.25 * unclipped, rel=1e-4)
+    assert moved(math.inf, 0.0)[0] == 0.0
+    assert moved(math.inf, 1.0, torch.ones(8, SHAPE["context_dim"]))[1].nll != result.nll
+
+
+def test_a_renewed_scaler_knows_nothing_of_a_step_that_was_not_finished(text):
+    setup = tiny_setup(text, "fp16", dropout=0.0)
+    ids = torch.from_numpy(setup.train_split.ids[:8]).long()
+    step = TrainingStep.for_run(setup, NewLLM.fresh(setup.config.model, 1), init_scale=8.0)
+    assert step.scaler.get_scale() == 8.0
+    step.scaler.update = failing(lambda: None, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        step(ids)
+    with pytest.raises(RuntimeError, match="unscale_"):  # the control
+        step(ids)
+    step.renew_scaler()
+    assert step.scaler.get_scale() == 65536.0
+    assert step(ids).tokens > 0

@@ -28,9 +28,8 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import ENGINES
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.system.hardware import Precision
-from newllm_lib.training.batches import epoch_order, mix_seed
 from newllm_lib.training.checkpoint import load_checkpoint
-from newllm_lib.training.optimizers import make_optimizers, set_rates
+from newllm_lib.training.optimizers import make_optimizers, scale_lr
 from newllm_lib.training.setup import make_setup
 from newllm_lib.training.step import optimizer_step
 
@@ -130,20 +129,6 @@ def test_continuing_restores_the_global_generators(text, tmp_path):
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     continued_trainer(setup, tmp_path)
     assert (random.random(), np.random.rand(2).tolist(), torch.rand(2).tolist()) == expected
-
-
-def test_an_epoch_reads_every_sequence_once_in_an_order_of_its_own():
-    first, second = epoch_order(1, 0, 500), epoch_order(1, 1, 500)
-    assert sorted(first.tolist()) == list(range(500))
-    assert not torch.equal(first, second)
-    assert torch.equal(first, epoch_order(1, 0, 500))
-    assert not torch.equal(first, epoch_order(2, 0, 500))
-
-
-def test_seeds_of_different_uses_differ():
-    seeds = {mix_seed(seed, epoch, batch) for seed in range(5) for epoch in range(10) for batch in range(-1, 100)}
-    assert len(seeds) == 5 * 10 * 101
-    assert all(0 <= seed < 2**62 for seed in seeds)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(text):
@@ -329,7 +314,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_nan_is_never_best(text, t
     with torch.no_grad():
         trainer.model.output.bias[7] = math.nan
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer._validate(1e-3, 1.0)
+    trainer._validate()
     assert trainer.state.best_loss == best
     with pytest.raises(TrainingError, match="the loss is nan"):
         trainer.fit()
@@ -387,7 +372,7 @@ def test_a_worse_validation_after_a_stop_does_not_replace_the_best(text, tmp_pat
     continued = continued_trainer(setup, tmp_path)
     with torch.no_grad():
         continued.model.output.weight.normal_(0, 3)
-    continued._validate(1e-3, 1.0)
+    continued._validate()
     assert continued.checkpoints.best.read_bytes() == best
     assert continued.state.best_step == trainer.state.best_step
 
@@ -606,5 +591,5 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     rest = {names[id(parameter)] for parameter in adamw.param_groups[0]["params"]}
     assert taken | rest == set(names.values())
     assert not taken & rest
-    set_rates([muon, adamw], 0.5)
+    scale_lr([muon, adamw], 0.5)
     assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.025, 0.0005)

@@ -426,9 +426,9 @@ def test_a_try_makes_the_optimizers_state_and_skips_no_step(text, precision, opt
     copy = trial._Copy(setup)
     before = {name: value.clone() for name, value in copy.model.state_dict().items()}
     assert not copy.step(copy.full_rows(1)).skipped
-    assert all(one.state for one in copy.optimizers)
+    assert all(one.state for one in copy.step.optimizers)
     assert same(dict(copy.model.state_dict()), before)  # at rate 0, so that no recipe can run away meanwhile
-    copy.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    copy.step.renew_scaler()
     assert copy.step(copy.full_rows(1)).skipped == (precision == "fp16")
 
 
@@ -437,7 +437,7 @@ def test_rows_of_a_try_are_full_and_timed_ones_are_the_runs_own(text):
     copy = trial._Copy(setup)
     full = copy.full_rows(50)
     assert (full.shape, full.dtype, int(full.min()) >= 4, int(full.max()) < 34) == ((50, 12), torch.int64, True, True)
-    rows = torch.cat([copy.batch(number) for number in range(4)])
+    rows = torch.cat([copy.batches.read_repeating(number) for number in range(4)])
     whole = torch.from_numpy(setup.train_split.ids).long()
     assert torch.equal(rows[:339].sort(0).values, whole.sort(0).values)
     assert torch.equal(rows[339:400], rows[:61])  # the epoch again

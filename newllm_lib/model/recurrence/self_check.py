@@ -12,7 +12,7 @@ from torch import Tensor
 from newllm_lib.model.recurrence import ENGINES, get_engine, reference
 from newllm_lib.model.recurrence.dropout import Dropout
 from newllm_lib.model.recurrence.weights import Weights
-from newllm_lib.system.hardware import Precision
+from newllm_lib.system.hardware import Precision, choose_precision, detect
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 """Largest relative distance, in norm, of a value or gradient from the reference's in FP32."""
@@ -40,6 +40,18 @@ def choose_engine(requested: str, precision: Precision, device: str) -> EngineCh
     if fault is None:
         return EngineChoice(name, run, "agrees with the reference in its self-check")
     return EngineChoice("reference", ENGINES["reference"], f"{name} failed its self-check ({fault})")
+
+
+def choose_numerics(
+    device: str | torch.device, precision: str = "auto", engine: str = "auto"
+) -> tuple[Precision, EngineChoice]:
+    """Precision and engine for computing with a model on a device, outside of a run; `auto` = the best that is there.
+
+    ConfigError for an unknown name, or a device that this machine does not have.
+    """
+    machine = detect(str(device))
+    chosen = choose_precision(precision, machine)
+    return chosen, choose_engine(engine, chosen, machine.device)
 
 
 @lru_cache(maxsize=64)  # once a process for each engine, format and device

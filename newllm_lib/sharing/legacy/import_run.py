@@ -15,7 +15,7 @@ from newllm_lib.evaluation import Metrics, evaluate_split
 from newllm_lib.generation import generate_texts
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model
-from newllm_lib.model.recurrence.self_check import choose_engine
+from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting import curves, report
 from newllm_lib.reporting.diagnostics import best_row
 from newllm_lib.reporting.record import write_history, write_record
@@ -23,7 +23,7 @@ from newllm_lib.runs.recorder import SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLE
 from newllm_lib.sharing.legacy.old_checkpoint import SHAPE_ATTRIBUTES, History, OldFile, Recipe, read_history, read_old
 from newllm_lib.sharing.legacy.safe_unpickle import Record
 from newllm_lib.system.files import file_errors
-from newllm_lib.system.hardware import choose_precision, detect, environment
+from newllm_lib.system.hardware import detect, environment
 
 SCORE_TOLERANCE = 0.05
 """Share by which a perplexity here may differ from the history's before the text is doubted: the weighting of batches
@@ -102,13 +102,13 @@ def _check_vocabulary(old: OldFile, prepared: Prepared) -> None:
 
 def _score(model: NewLLM, prepared: Prepared) -> Metrics:
     """The weights on the validation split, in FP32 on the CPU."""
-    precision = choose_precision("fp32", detect("cpu"))
+    precision, engine = choose_numerics("cpu", "fp32")
     return evaluate_split(
         model,
         prepared.split("validation"),
         precision=precision,
         batch_size=prepared.config.train.eval_batch_size,
-        engine=choose_engine("auto", precision, "cpu").run,
+        engine=engine.run,
     )
 
 

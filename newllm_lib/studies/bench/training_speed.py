@@ -25,7 +25,7 @@ from newllm_lib.data.dataset import prepare
 from newllm_lib.errors import ConfigError, TrainingError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.packed_linear import Product
-from newllm_lib.model.recurrence.self_check import choose_engine
+from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.studies.bench.baselines import LSTMModel, PublishedLoop, plain_step
 from newllm_lib.studies.bench.inference_speed import measure_inference
 from newllm_lib.studies.bench.report import GROWTH, table_text, write_plot
@@ -35,7 +35,7 @@ from newllm_lib.system.memory import peak_memory_bytes
 from newllm_lib.system.timing import timed
 from newllm_lib.training.estimates import matrix_parameters
 from newllm_lib.training.optimizers import make_optimizers
-from newllm_lib.training.step import optimizer_step
+from newllm_lib.training.step import TrainingStep
 
 SUBJECTS = ("published", "reference", "fused", "lstm")
 """The published loop, the engines, and an LSTM of equal parameters."""
@@ -68,18 +68,14 @@ def make_step(
     The recipe is `train` (Adam as published by default); each call draws other dropout masks.
     """
     train = train or TrainConfig()
-    machine = detect(str(model.output.weight.device))
-    chosen = choose_precision(precision, machine)
-    run = choose_engine(engine, chosen, machine.device).run
+    chosen, chosen_engine = choose_numerics(model.device, precision, engine)
     optimizers = make_optimizers(model, train, train.lr or train.lr_base)
-    scaler = torch.amp.GradScaler(machine.kind, enabled=chosen.name == "fp16")
+    training_step = TrainingStep(model, optimizers, chosen, chosen_engine.run, clip=0.5)
     calls = iter(range(1 << 62))
 
     def step() -> float:
         model.train()
-        result = optimizer_step(
-            model, optimizers, scaler, sequences, engine=run, precision=chosen, clip=0.5, dropout_seed=next(calls)
-        )
+        result = training_step(sequences, dropout_seed=next(calls))
         return result.nll / result.tokens
 
     return step

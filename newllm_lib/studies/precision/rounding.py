@@ -6,7 +6,6 @@ Two runs in two formats are apart by more than that, because every difference gr
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ from newllm_lib.errors import RunError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.self_check import choose_engine
 from newllm_lib.system.hardware import Precision
-from newllm_lib.training.batches import epoch_order, mix_seed
+from newllm_lib.training.batches import Batches, mix_seed
 from newllm_lib.training.setup import Setup
-from newllm_lib.training.step import optimizer_step
+from newllm_lib.training.step import TrainingStep
 
 ALL = "all"
 """The name under which all parameters count together."""
@@ -66,20 +65,11 @@ def gradients(setup: Setup, model: NewLLM, ids: Tensor, format: Precision) -> Gr
     """
     trial = copy.deepcopy(model).to(setup.machine.device).train()
     optimizer = torch.optim.SGD(trial.parameters(), lr=0.0)
-    scaler = torch.amp.GradScaler(setup.machine.kind, enabled=format.name == "fp16")
     engine = choose_engine(setup.config.train.engine, format, setup.machine.device)
+    micro_batch = setup.config.train.micro_batch_size
+    training_step = TrainingStep(trial, [optimizer], format, engine.run, micro_batch=micro_batch)
     for _ in range(_SCALE_TRIES):
-        result = optimizer_step(
-            trial,
-            [optimizer],
-            scaler,
-            ids,
-            engine=engine.run,
-            precision=format,
-            clip=math.inf,
-            micro_batch=setup.config.train.micro_batch_size,
-            dropout_seed=mix_seed(setup.config.train.seed, 0, 0),
-        )
+        result = training_step(ids, dropout_seed=mix_seed(setup.config.train.seed, 0, 0))
         if not result.skipped:
             return Gradients(result.nll / result.tokens, _by_part(trial))
     raise RunError(f"the gradients in {format.name} are not finite with any loss scale")
@@ -87,14 +77,8 @@ def gradients(setup: Setup, model: NewLLM, ids: Tensor, format: Precision) -> Gr
 
 def batch_ids(setup: Setup, number: int) -> Tensor:
     """The ids (B, S) int64 of a batch of the first epoch, on the run's device."""
-    split, train = setup.train_split, setup.config.train
-    number %= setup.steps_per_epoch
-    if split.carries_context:
-        rows = torch.from_numpy(split.ids[number])
-    else:
-        order = epoch_order(train.seed, 0, len(split.ids))
-        rows = torch.from_numpy(split.ids)[order[number * train.batch_size :][: train.batch_size]]
-    return rows.long().to(setup.machine.device)
+    batches = Batches(setup.train_split, setup.config.train.batch_size, setup.config.train.seed)
+    return batches.read(0, number % batches.per_epoch).to(setup.machine.device)
 
 
 def part_of(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.system.files import file_errors, make_folder, write_atomic, write_text_atomic
+from newllm_lib.training.observers import Observer
 from newllm_lib.training.step import StepResult
 from newllm_lib.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ def read_steps(path: Path) -> DataFrame:
     return found.drop_duplicates("batch", keep="last").sort_values("batch", ignore_index=True)
 
 
-class StepLog:
+class StepLog(Observer):
     """Keeps `steps.csv` while a run trains: `with log.open(): train(..., watch=log.watch)`.
 
     Every line is handed to the system at once, so that a killed process loses none that its newest checkpoint counts.
@@ -67,7 +68,7 @@ class StepLog:
         """Follow a trainer from where it stands."""
         self._trainer = trainer
         self._keep(self._batches())
-        trainer.on_step = self._record
+        trainer.observers.append(self)
 
     def _keep(self, batches: int) -> None:
         """Leave the lines up to so many batches in the file, and write after them."""
@@ -83,8 +84,9 @@ class StepLog:
         state = self._trainer.state
         return state.epoch * self._trainer.setup.steps_per_epoch + state.batch
 
-    def _record(self, result: StepResult) -> None:
-        trainer, batch = self._trainer, self._batches()
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Write the line of a batch."""
+        batch = self._batches()
         if batch <= self._last:
             self._keep(batch - 1)
         self._last = batch

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from newllm_lib import runs
 from newllm_lib.config import RunConfig
 from newllm_lib.config.portable import portable_config
@@ -217,20 +215,13 @@ def _train(member: Member, weights: Weights, setup: Setup, first: bool, progress
     beginning: list[NewLLM] = []
 
     def watch(trainer: Trainer) -> None:
-        beginning.append(fresh_model(trainer.setup))
+        beginning.append(NewLLM.fresh(trainer.setup.config.model, trainer.setup.config.train.seed))
         log.watch(trainer)
 
     path = Path(member.config.results_dir) / member.label / STEPS_FILE
     log = StepLog(path, lambda model, batch: weights.measure(beginning[0], model, batch, first))
     with log.open():
         train_member(member.config, setup.prepared.fingerprint, setup.total_steps, progress, watch)
-
-
-def fresh_model(setup: Setup) -> NewLLM:
-    """A run's weights before its first step, on the CPU."""
-    model = NewLLM(setup.config.model)
-    model.initialise(torch.Generator().manual_seed(setup.config.train.seed))
-    return model
 
 
 # --- what the runs say -------------------------------------------------------------------------------------------
@@ -294,7 +285,7 @@ def run_facts(member: Member, run: runs.Run, log: DataFrame) -> dict[str, Any]:
 
 def _rounding(setup: Setup, members: list[Member], run: runs.Run) -> list[dict[str, Any]]:
     """Errors of a single step in each other format, before training and with the first run's best weights."""
-    models = {"untrained": fresh_model(setup)}
+    models = {"untrained": NewLLM.fresh(setup.config.model, setup.config.train.seed)}
     if run.best:
         models["trained"] = run.model
     formats = {member.precision.name: member.precision for member in members if member.precision.name != "fp32"}

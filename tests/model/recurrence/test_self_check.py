@@ -1,8 +1,10 @@
+import pytest
 import torch
 
+from newllm_lib.errors import ConfigError
 from newllm_lib.model import recurrence
 from newllm_lib.model.recurrence import ENGINES, fused
-from newllm_lib.model.recurrence.self_check import choose_engine
+from newllm_lib.model.recurrence.self_check import choose_engine, choose_numerics
 from newllm_lib.system.hardware import Precision
 
 
@@ -48,3 +50,13 @@ def test_an_engine_that_cannot_run_is_replaced(monkeypatch):
     choice = choose_engine("missing", Precision("bf16", ""), "cpu")
     assert choice.name == "reference"
     assert choice.reason == "missing failed its self-check (RuntimeError: no kernel for this device)"
+
+
+def test_numerics_of_a_device_are_the_format_and_engine_that_were_asked_for():
+    precision, engine = choose_numerics(torch.device("cpu"), "fp32", "reference")
+    assert (precision.name, precision.reason, engine.run) == ("fp32", "as requested", ENGINES["reference"])
+    precision, engine = choose_numerics("cpu", "fp16")  # which no CPU has
+    assert (precision.substituted, engine.name) == (True, "fused")
+    for arguments in (("cpu", "fp8"), ("cpu", "fp32", "nothing"), ("cuda:99",)):
+        with pytest.raises(ConfigError):
+            choose_numerics(*arguments)
