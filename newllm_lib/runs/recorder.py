@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from newllm_lib.config import BOS, presets
@@ -127,16 +128,21 @@ class Recorder:
         if not (self.folder / MODEL / WEIGHTS).exists():
             return []
         model, tokenizer = load_exported(self.folder / MODEL)
-        texts = self.trainer.setup.prepared.texts["validation"]
-        longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
         samples = []
-        for seed, index in enumerate(longest):
-            prompt = torch.tensor([[BOS, *texts[index][:SAMPLE_PROMPT_TOKENS].tolist()]])
+        for seed, ids in enumerate(sample_prompts(self.trainer.setup.prepared)):
+            prompt = torch.tensor([[BOS, *ids.tolist()]])
             generator = torch.Generator().manual_seed(seed)
             new = generate(model.eval(), prompt, SAMPLE_TOKENS, generator=generator).tokens
             start, whole = tokenizer.decode(prompt[0]), tokenizer.decode([*prompt[0], *new[0]])
             samples.append(f"**{start}**{whole[len(start) :]}")
         return samples
+
+
+def sample_prompts(prepared: Prepared) -> list[np.ndarray]:
+    """What the samples of a report begin with: the first ids of the longest validation texts."""
+    texts = prepared.texts["validation"]
+    longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
+    return [texts[index][:SAMPLE_PROMPT_TOKENS] for index in longest]
 
 
 def data_facts(prepared: Prepared, train_split: Split) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _record(payload: dict[str, Any], folder: Path) -> RunRecord:
         published_protocol=False,
         faithful=None,
         faithful_reason=None,
-        decided=decided_in(payload),
+        decided=decided_in(payload | {"config": config.to_dict()}),
         plan=[],
         decay_steps=state["decay_steps"],
         data={"name": _name_of_data(config), "fingerprint": payload["data_fingerprint"]},

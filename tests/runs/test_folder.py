@@ -9,7 +9,7 @@ from tiny import Quiet, StopAt, tiny_config
 import newllm_lib as nl
 from newllm_lib.errors import CheckpointError, ConfigError, RunError
 from newllm_lib.notebook.panel_plan import Planner
-from newllm_lib.reporting.record import RunRecord
+from newllm_lib.reporting.record import KEYS, RunRecord
 from newllm_lib.runs import folder as run_folders
 from newllm_lib.runs.folder import decided_in, resolve_run
 from newllm_lib.training import setup as setups
@@ -155,6 +155,11 @@ def test_what_a_record_decides_is_what_the_setup_calls_decided(config, machine_b
         "batch_size": 9,
         "precision": "fp16",
     }
+
+
+def test_a_run_writes_every_key_but_what_an_import_knows(config, machine_batch):
+    run = nl.train(config, progress=Quiet())
+    assert list(json.loads((run.folder / "run.json").read_text())) == [name for name in KEYS if name != "imported"]
 
 
 def test_they_keep_it_where_the_run_lies_in_the_copy_alone(config, machine_batch, drive):

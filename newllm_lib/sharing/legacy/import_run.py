@@ -19,14 +19,7 @@ from newllm_lib.model.recurrence.self_check import choose_engine
 from newllm_lib.reporting import curves, report
 from newllm_lib.reporting.diagnostics import best_row
 from newllm_lib.reporting.record import MODEL, RunRecord, write_history, write_record
-from newllm_lib.runs.recorder import (
-    SAMPLE_PROMPT_TOKENS,
-    SAMPLE_TOKENS,
-    SAMPLES,
-    command,
-    data_facts,
-    validation_facts,
-)
+from newllm_lib.runs.recorder import SAMPLE_TOKENS, command, data_facts, sample_prompts, validation_facts
 from newllm_lib.sharing.legacy.old_checkpoint import SHAPE_ATTRIBUTES, History, OldFile, Recipe, read_history, read_old
 from newllm_lib.sharing.legacy.safe_unpickle import Record
 from newllm_lib.system.files import file_errors
@@ -121,9 +114,7 @@ def _score(model: NewLLM, prepared: Prepared) -> Metrics:
 
 def _samples(model: NewLLM, prepared: Prepared) -> list[str]:
     """Texts after the first words (bold) of long validation texts, as the report of any run has them."""
-    texts = prepared.texts["validation"]
-    longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
-    prompts = [prepared.tokenizer.decode(texts[index][:SAMPLE_PROMPT_TOKENS]) for index in longest]
+    prompts = [prepared.tokenizer.decode(ids) for ids in sample_prompts(prepared)]
     written = generate_texts(model, prepared.tokenizer, prompts, seed=0, max_new_tokens=SAMPLE_TOKENS)
     return [f"**{sample.prompt}**{sample.text}" for sample in written]
 
