@@ -31,7 +31,7 @@ def import_(
     as_json: bool,
 ) -> None:
     """Make a run's folder from FILE, a .pt file of the experiment series. Nothing in the file is run."""
-    from newllm_lib.reporting.record import read_record
+    from newllm_lib.reporting.record import contents, read_record
     from newllm_lib.sharing import legacy
 
     source = data[0] if len(data) == 1 else data
@@ -41,4 +41,4 @@ def import_(
         echo_json(record | {"folder": str(folder)})
         return
     echo("\n".join(f"{title:>14}  {text}" for title, text in record["plan"]))
-    echo(f"left in {folder}/: report.md, history.csv, run.json, model/" + (", curves.png" if record["best"] else ""))
+    echo(f"left in {folder}/: {contents(folder)}")

@@ -40,7 +40,7 @@ def _train_or_plan(config: RunConfig, fresh: bool, plan_only: bool, as_json: boo
         return
     run = runs.train(config, fresh=fresh)
     _print_run(run, as_json)
-    if run.record["status"] == "interrupted":
+    if run.record.status == "interrupted":
         sys.exit(1)
 
 
@@ -92,12 +92,13 @@ def config_of(preset: str, overrides: dict[str, Any]) -> RunConfig:
 def _print_run(run, as_json: bool) -> None:
     from newllm_lib.reporting import report
     from newllm_lib.reporting.progress import HEADER, table_line
+    from newllm_lib.reporting.record import contents
 
     if as_json:
         echo_json(run.record)
         return
     rows = run.history.to_dict("records")
-    echo(f"\n{run.folder.name}: {run.record['status']}")
+    echo(f"\n{run.folder.name}: {run.record.status}")
     echo(HEADER)
     for row in rows:
         echo(table_line(row, run.best is not None and row["step"] == run.best["step"]))
@@ -105,13 +106,13 @@ def _print_run(run, as_json: bool) -> None:
         return
     best = next((row for row in rows if row["step"] == run.best["step"]), run.best)
     echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}")
-    if run.record["published_protocol"]:
+    if run.record.published_protocol:
         for level, title, row in report.milestones(rows):
             reached = "not reached" if row is None else f"{row['train_seconds']:.0f} s of training"
             echo(f"  PPL {level:5.2f}  {reached:22}  (published: {title})")
-    for sample in run.record["samples"][:1]:
+    for sample in (run.record.samples or [])[:1]:
         echo(f"\nsample: {sample}")
-    echo(f"\nleft in {run.folder}/: report.md, curves.png, history.csv, run.json, model/, checkpoints/")
+    echo(f"\nleft in {run.folder}/: {contents(run.folder)}")
 
 
 @click.command("presets")

@@ -14,9 +14,8 @@ from newllm_lib.config.fields import build
 from newllm_lib.data.tokenizer import Tokenizer, tokenizer_from_dict
 from newllm_lib.errors import CheckpointError
 from newllm_lib.model.newllm import NewLLM
+from newllm_lib.reporting.record import MODEL_CONFIG, TOKENIZER, WEIGHTS
 from newllm_lib.system.files import make_folder, read_json, write_atomic, write_text_atomic
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def load_weights(model: NewLLM, payload: dict[str, Any], path: Path) -> None:
@@ -45,9 +44,9 @@ def export_model(folder: Path, model: NewLLM, tokenizer: Tokenizer, dtype: torch
     """
     make_folder(folder)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
-    write_text_atomic(folder / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
-    write_text_atomic(folder / TOKENIZER_FILE, tokenizer_text(tokenizer))
+    write_atomic(folder / WEIGHTS, lambda file: file.write(safetensors.torch.save(tensors)))
+    write_text_atomic(folder / MODEL_CONFIG, json.dumps(model.config.to_dict(), indent=2) + "\n")
+    write_text_atomic(folder / TOKENIZER, tokenizer_text(tokenizer))
 
 
 def tokenizer_text(tokenizer: Tokenizer) -> str:
@@ -58,14 +57,14 @@ def tokenizer_text(tokenizer: Tokenizer) -> str:
 def load_exported(folder: Path) -> tuple[NewLLM, Tokenizer]:
     """Model and tokenizer of a folder that `export_model` wrote; CheckpointError names what is wrong with it."""
     try:
-        config = build(ModelConfig, read_json(folder / "config.json"))
-        tokenizer = tokenizer_from_dict(read_json(folder / TOKENIZER_FILE))
-        tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
+        config = build(ModelConfig, read_json(folder / MODEL_CONFIG))
+        tokenizer = tokenizer_from_dict(read_json(folder / TOKENIZER))
+        tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a model folder that can be read ({error})") from error
     check_vocabulary(config, tokenizer, folder)
     model = NewLLM(config)
-    load_weights(model, {"model": tensors}, folder / "model.safetensors")
+    load_weights(model, {"model": tensors}, folder / WEIGHTS)
     return model, tokenizer
 
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from newllm_lib.config import RunConfig, presets
 from newllm_lib.data.dataset import Prepared, Split, prepare, text_settings
-from newllm_lib.errors import NewLLMError
 from newllm_lib.escaping import html_text
 from newllm_lib.notebook.field_widgets import ORANGE, PILL, RED
 from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.notebook_page import LINE, MONOSPACE
-from newllm_lib.runs.folder import checkpoints_gone, decisions, earlier_record, run_folder
-from newllm_lib.runs.mirror import Mirror
+from newllm_lib.reporting.record import RunRecord
+from newllm_lib.runs.folder import ResolvedRun, checkpoints_gone, resolve_run
+from newllm_lib.runs.mirror import check_mirror_dir
 from newllm_lib.runs.mirror_copy import of_another_run
 from newllm_lib.system.files import file_errors
 from newllm_lib.training.checkpoint import Checkpoints
 from newllm_lib.training.compatibility import difference, needs_new_end
 from newllm_lib.training.estimates import Speed, memory_estimate_bytes
 from newllm_lib.training.plan import plan_lines, unfaithful_reason
-from newllm_lib.training.setup import Setup, make_setup
-from newllm_lib.tuning import estimate_speed, free_memory_bytes, settle_batch
+from newllm_lib.training.setup import Setup
+from newllm_lib.tuning import estimate_speed
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Plan:
 
     setup: Setup
     folder: Path
-    record: dict[str, Any]
+    record: RunRecord
     """Of the run that the folder holds; empty where there is none."""
     refusal: str
     """Why training would not go on with that run; '' where nothing stands against it."""
@@ -88,22 +87,11 @@ class Planner:
     @file_errors()
     def plan(self, config: RunConfig, measure: bool = False, anew: bool = False) -> Plan:
         """Every decision of a run; NewLLMError where training would raise it, in the same words."""
-        text = self._read(config)
-        setup = make_setup(config, prepared=text)
-        folder, record, decided, stop = run_folder(setup), {}, {}, ""
-        copy = Mirror(folder, config.mirror_dir, setup.identity).place if config.mirror_dir else None
-        try:
-            record = earlier_record(folder, setup.identity)
-            stop = refusal_of(setup, folder, record)
-            if not record and copy:
-                record = earlier_record(copy, setup.identity)  # which training brings back
-                stop = refusal_of(setup, folder, record, copy)
-            decided = decisions(record, setup.identity)
-            setup = make_setup(config, decided, text) if decided else setup
-        except NewLLMError as error:  # of that run: another folder would do
-            stop = str(error)
-        setup = _in_pieces(setup, decided)
-        return Plan(setup, folder, record, stop, estimate_speed(setup, measure=measure, anew=anew))
+        run = resolve_run(config, self._read(config), preview=True)
+        if config.mirror_dir:
+            check_mirror_dir(run.place.folder, config.mirror_dir)
+        speed = estimate_speed(run.setup, measure=measure, anew=anew)
+        return Plan(run.setup, run.place.folder, run.earlier, run.refusal or refusal_of(run), speed)
 
     def _read(self, config: RunConfig) -> Kept:
         if self.must_read(config):
@@ -119,29 +107,22 @@ class Planner:
         return self._text
 
 
-def _in_pieces(setup: Setup, decided: dict[str, Any]) -> Setup:
-    """A batch cut as training would cut it; not for a policy, which takes its time, and not far from the limit."""
-    free = free_memory_bytes(setup.machine) or setup.machine.memory_bytes
-    if setup.config.train.batch_policy != "recipe" or memory_estimate_bytes(setup) < free / 2:
-        return setup
-    return settle_batch(setup, decided, lambda text: None)
-
-
-def refusal_of(setup: Setup, folder: Path, record: dict[str, Any], copy: Path | None = None) -> str:
-    """Why a run cannot go on from what its folder, or a copy of that, holds, in the words of `train`; '' if it can."""
+def refusal_of(run: ResolvedRun) -> str:
+    """Why a run cannot continue from what its folder or its copy holds, in the words of `train`; '' if it can."""
+    setup, record, checkpoints = run.setup, run.earlier, run.place.checkpoints
     if not record:
         return ""
-    identity = record.get("identity") or "unknown"
-    if copy and identity != setup.identity:
-        return of_another_run(copy, identity, setup.identity)
-    checkpoints = Checkpoints(folder / "checkpoints", folder.name)
-    files = Checkpoints((copy or folder) / "checkpoints", folder.name).files()
+    identity = record.identity or "unknown"
+    lies_in = run.place.copy if run.in_copy else run.place.folder
+    if run.in_copy and identity != setup.identity:
+        return of_another_run(lies_in, identity, setup.identity)
+    files = Checkpoints.of(lies_in, run.place.folder.name).files()
     newest = checkpoints.folder / files[0].name if files else None
     if newest is None:
-        return checkpoints_gone(checkpoints.folder, record.get("step") or 0) if record["best"] else ""
+        return checkpoints_gone(checkpoints.folder, record.step or 0) if record.best else ""
     if identity != setup.identity:
-        return f"{newest}: {difference(record | {'data_fingerprint': record['data']['fingerprint']}, setup)}"
-    train, end = setup.config.train, record.get("decay_steps")
+        return f"{newest}: {difference(record | {'data_fingerprint': record.data['fingerprint']}, setup)}"
+    train, end = setup.config.train, record.decay_steps
     decays = train.lr_schedule != "constant" and train.decay_steps is None
     return f"{newest}: {needs_new_end(end, setup.total_steps)}" if decays and end and setup.total_steps > end else ""
 
@@ -153,12 +134,12 @@ def tokens_per_step(setup: Setup) -> float:
 
 def steps_left(plan: Plan) -> int:
     """Of the whole run, or of the one that the folder holds."""
-    return max(0, plan.setup.total_steps - (plan.record.get("step") or 0))
+    return max(0, plan.setup.total_steps - (plan.record.step or 0))
 
 
 def state_of(plan: Plan) -> str:
     """What training would do with the folder."""
-    step, total, status = plan.record.get("step"), plan.setup.total_steps, plan.record.get("status")
+    step, total, status = plan.record.step, plan.setup.total_steps, plan.record.status
     if not step:
         return "a new run"
     if step >= total:
@@ -176,7 +157,7 @@ def warnings_of(plan: Plan) -> list[str]:
     needed, there = memory_estimate_bytes(setup), setup.machine.memory_bytes
     if needed > there:
         found.append(f"about {needed / 2**30:.1f} GiB are needed, and this machine has {there / 2**30:.1f} GiB")
-    if setup.config.train.batch_policy != "recipe" and "batch_size" not in plan.record.get("decided", {}):
+    if setup.config.train.batch_policy != "recipe" and "batch_size" not in (plan.record.decided or {}):
         policy = setup.config.train.batch_policy
         found.append(f"batch_policy {policy} finds the batch when training starts; this plan is that of the recipe's")
         if steps := setup.config.train.max_steps:
@@ -188,7 +169,7 @@ def warnings_of(plan: Plan) -> list[str]:
 
 def lines_of(plan: Plan) -> list[tuple[str, str]]:
     """(what, how much and why), with what is in the folder and the minutes that are left."""
-    lines = dict(plan_lines(plan.setup, str(plan.folder), plan.record.get("decay_steps")))
+    lines = dict(plan_lines(plan.setup, str(plan.folder), plan.record.decay_steps))
     lines["run"] = f"{plan.folder}: {state_of(plan)}"
     if plan.speed:
         rate = plan.speed.tokens_per_second

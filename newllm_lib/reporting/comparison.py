@@ -16,7 +16,7 @@ from newllm_lib.config import ModelConfig, TrainConfig, flat_fields
 from newllm_lib.config import published as series
 from newllm_lib.errors import ConfigError, FileMissingError, RunError
 from newllm_lib.reporting.formatting import duration
-from newllm_lib.reporting.record import HISTORY_COLUMNS, read_history, read_record
+from newllm_lib.reporting.record import HISTORY, HISTORY_COLUMNS, RunRecord, read_history, read_record
 from newllm_lib.system.files import file_errors
 
 PUBLISHED_SEQUENCES, PUBLISHED_TOKENS = 51_026, 2_748_486
@@ -152,7 +152,7 @@ def _read(folder: Path, label: str) -> Entry:
     """The run in a folder; whatever is wrong with its files is told with the folder's name."""
     record = read_record(folder)
     try:
-        begun = record["best"] or (folder / "history.csv").exists()  # written a moment after run.json
+        begun = record.best or (folder / HISTORY).exists()  # written a moment after run.json
         rows = read_history(folder).astype({"step": float, "val_ppl": float}) if begun else None
         rows = [] if rows is None else rows.reindex(columns=HISTORY_COLUMNS).astype(float).to_dict("records")
         return _run(folder, label, record, rows)
@@ -162,43 +162,43 @@ def _read(folder: Path, label: str) -> Entry:
         raise RunError(f"{folder}: run.json or history.csv is damaged: not what a run writes ({error!r})") from error
 
 
-def _run(folder: Path, label: str, record: dict[str, Any], rows: list[dict[str, float]]) -> Entry:
-    best, last = record["best"] or {}, rows[-1] if rows else {"step": record.get("step")}
-    data, decided, machine, config = (record.get(n) or {} for n in ("data", "decided", "environment", "config"))
+def _run(folder: Path, label: str, record: RunRecord, rows: list[dict[str, float]]) -> Entry:
+    best, last = record.best or {}, rows[-1] if rows else {"step": record.step}
+    data, decided, machine, config = record.data or {}, record.decided, record.environment or {}, record.config
     settings = {  # that define a result; one that is younger than the record had its default
         name: config[item.section].get(name, item.default)
         for name, item in flat_fields().items()
         if item.metadata["identity"] and config.get(item.section)
     }
-    imported = record.get("imported") or {}
+    imported = record.imported or {}
     known = {name: value for name, value in settings.items() if name not in imported.get("unknown", ())}
-    note = f"not faithful: {record['faithful_reason']}" if record.get("faithful_reason") else None
+    note = f"not faithful: {record.faithful_reason}" if record.faithful_reason else None
     note = "imported; that it scored this text is assumed, unknown settings are left out" if imported else note
-    planned = dict(record.get("plan") or ()).get("rate", "nan").split(":")[0]  # the peak, to three digits
+    planned = dict(record.plan or ()).get("rate", "nan").split(":")[0]  # the peak, to three digits
     per_epoch, seconds = float(data.get("training_tokens") or math.nan), last.get("train_seconds") or math.nan
     tokens = per_epoch * last.get("epoch", math.nan)
     threads = f", {machine['threads']} threads" if machine.get("device") == "cpu" and "threads" in machine else ""
     values = {
-        "run": label, "published": False, "preset": record.get("preset"), "data": data.get("name"),
-        "tokenizer": known.get("tokenizer"), "parameters": record.get("parameters"), "status": str(record["status"]),
+        "run": label, "published": False, "preset": record.preset, "data": data.get("name"),
+        "tokenizer": known.get("tokenizer"), "parameters": record.parameters, "status": record.status,
         "batch_size": decided.get("batch_size") or known.get("batch_size"), "optimizer": known.get("optimizer"),
         "lr": known.get("lr") or float(planned), "precision": decided.get("precision"),
         "engine": decided.get("engine"), "device": name + threads if (name := machine.get("device_name")) else None,
         "epochs": last.get("epoch"), "steps": last["step"], "tokens_seen": tokens, "train_seconds": seconds,
-        "tokens_per_second": tokens / seconds, "peak_memory_bytes": record.get("peak_memory_bytes"),
-        "faithful": record.get("faithful"), "folder": str(folder), "note": note,
+        "tokens_per_second": tokens / seconds, "peak_memory_bytes": record.peak_memory_bytes,
+        "faithful": record.faithful, "folder": str(folder), "note": note,
     } | {name: best.get(name) for name in COLUMNS if name.startswith("val_")}  # fmt: skip
     curve = [row | {"tokens": per_epoch * row["epoch"]} for row in rows if math.isfinite(row["val_ppl"])]
     return Entry(values, curve, _scored(record, settings), known)
 
 
-def _scored(record: dict[str, Any], settings: dict[str, Any]) -> Scored:
-    data, digest = record.get("data") or {}, (record.get("validation") or {}).get("digest")
-    if not digest and record.get("published_protocol"):  # which has always been decided by the ids themselves
+def _scored(record: RunRecord, settings: dict[str, Any]) -> Scored:
+    data, digest = record.data or {}, (record.validation or {}).get("digest")
+    if not digest and record.published_protocol:  # which has always been decided by the ids themselves
         digest = series.VALIDATION_DIGEST
     readers = {"", settings.get("tokenizer"), settings.get("layout")}
     protocol = {name: settings[name] for name, by in PROTOCOL_SETTINGS.items() if name in settings and by in readers}
-    doubted = record.get("imported") and not digest  # by the import itself, which scored the weights
+    doubted = record.imported and not digest  # by the import itself, which scored the weights
     if doubted or not data.get("fingerprint") or not {"layout", "vocab_size"} <= protocol.keys():
         return Scored(digest, data.get("name"))
     return Scored(digest, data.get("name"), {"text sha256": data["fingerprint"][:16]} | protocol)

@@ -10,6 +10,7 @@ from typing import Any
 from newllm_lib.config import published
 from newllm_lib.escaping import plot_text
 from newllm_lib.reporting.diagnostics import Row, best_row, number
+from newllm_lib.reporting.record import CURVES
 from newllm_lib.system.files import write_atomic
 
 _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9701e", "#777777"
@@ -39,7 +40,7 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[Row]) -> No
         axes.grid(alpha=0.25)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
-    write_atomic(folder / "curves.png", lambda file: file.write(image.getvalue()))
+    write_atomic(folder / CURVES, lambda file: file.write(image.getvalue()))
 
 
 def no_curves(history: list[Row]) -> str:

@@ -9,7 +9,7 @@ from newllm_lib.config import ModelConfig
 from newllm_lib.config.portable import portable
 from newllm_lib.escaping import markdown_code, markdown_text
 from newllm_lib.reporting import report
-from newllm_lib.reporting.record import damaged_record, read_record
+from newllm_lib.reporting.record import CARD, damaged_record, holds_run, read_record
 
 _HUB_DATASETS = {"wikitext-2": "Salesforce/wikitext", "wikitext-103": "Salesforce/wikitext"}
 
@@ -19,8 +19,8 @@ def card_of(folder: Path, config: ModelConfig) -> str:
 
     RunError where the record is damaged.
     """
-    if not (folder / "run.json").is_file():
-        kept = folder / "README.md"
+    if not holds_run(folder):
+        kept = folder / CARD
         return kept.read_text("utf-8", errors="replace") if kept.is_file() else model_card(None, config)
     record = read_record(folder)
     with damaged_record(folder):

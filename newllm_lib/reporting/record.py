@@ -1,4 +1,4 @@
-"""run.json and history.csv of a run's folder, written and read."""
+"""The files of a run's folder by name, and two of them written and read: run.json and history.csv."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from newllm_lib.errors import FileMissingError, NewLLMError, RunError
 from newllm_lib.escaping import csv_cell, read_csv
@@ -33,20 +34,133 @@ HISTORY_COLUMNS = (
     "skipped_steps",
 )
 
+RECORD, HISTORY, CURVES, REPORT = "run.json", "history.csv", "curves.png", "report.md"
+MODEL, CHECKPOINTS = "model", "checkpoints"
+WEIGHTS, MODEL_CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+RUN_FILES = (RECORD, HISTORY, CURVES, REPORT)
+"""What a run's folder holds: these files, MODEL with WEIGHTS, MODEL_CONFIG, TOKENIZER and perhaps a CARD, and
+CHECKPOINTS, whose files `training.checkpoint.Checkpoints` names."""
 
-_REQUIRED = {"run": str, "status": str, "config": dict, "decided": dict, "best": dict | None}
-_OPTIONAL = {
-    "identity": str | None, "requested": dict | None, "data": dict | None, "validation": dict | None,
-    "environment": dict | None, "commands": list | None, "plan": list | None, "samples": list | None,
-    "step": int | None, "decay_steps": int | None,
-}  # fmt: skip
+
+_NEEDED = {"needed": True}
+"""Of a key without which run.json is not the record of a run."""
+
+
+@dataclass(init=False, repr=False, eq=False)
+class RunRecord(dict):
+    """What run.json says: the dictionary in the file, and each key of it as an attribute.
+
+    An attribute is None where its key is missing: older versions wrote fewer keys, and a file from elsewhere does not
+    tell everything. Keys of newer versions stay in the dictionary, so nothing is lost when a record is written again.
+    TypeError where it is made with a key that is not declared here; AttributeError where such an attribute is used.
+    """
+
+    run: str = field(metadata=_NEEDED)
+    """Name of the folder when this was written; the names of its checkpoints contain it."""
+    preset: str | None
+    status: str = field(metadata=_NEEDED)
+    """running, finished, stopped early, interrupted, failed or imported."""
+    identity: str | None
+    """`RunConfig.identity` of what was asked for; None where that is unknown, as of an imported run."""
+    parameters: int | None
+    published_protocol: bool | None
+    """Whether the very ids were scored that the published series scored."""
+    faithful: bool | None
+    """Whether it re-creates a published run; None where its preset is none of those."""
+    faithful_reason: str | None
+    """Why it is not faithful."""
+    decided: dict = field(metadata=_NEEDED)
+    """What a run keeps when it continues (`training.setup.Setup.decided`), as far as it is known."""
+    plan: list | None
+    """(what, how much and why) of every decision: `training.plan.plan_lines`."""
+    decay_steps: int | None
+    """Step at which a decaying learning rate ends; None for a constant one."""
+    model_step: int | None
+    """Step of the weights in model/, where they are not the best ones."""
+    data: dict | None
+    """The text: name, fingerprint (sha256), training_sequences, training_tokens."""
+    validation: dict | None
+    """What was scored: tokens, unknown_share (of 1), digest (sha256 of the ids)."""
+    peak_memory_meaning: str | None
+    environment: dict | None
+    """`system.hardware.environment`."""
+    config: dict = field(metadata=_NEEDED)
+    """`RunConfig.to_dict`, every field decided."""
+    requested: dict | None
+    """The same as it was asked for, open fields left open."""
+    commands: list | None
+    """How each part of the run was started."""
+    samples: list | None
+    """Texts by the best weights, the prompt of each between two asterisks."""
+    step: int | None
+    """Updates done."""
+    total_steps: int | None
+    """Updates planned."""
+    best: dict | None = field(metadata=_NEEDED)
+    """Row of the history with the lowest validation loss; None before the first one."""
+    peak_memory_bytes: int | None
+    peak_memory_share: int | float | None
+    """Of the machine's memory."""
+    imported: dict | None
+    """What an old file says of itself; None for every run of this library."""
+
+    def __init__(self, **values: Any):
+        unknown = values.keys() - KEYS.keys()
+        if unknown:
+            raise TypeError(f"run.json has no key {', '.join(sorted(unknown))}")
+        super().__init__(values)
+
+    def __getattr__(self, name: str) -> Any:  # called only for what a dictionary does not have itself
+        if name not in KEYS:
+            raise AttributeError(f"run.json has no key {name}")
+        return self.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in KEYS:
+            raise AttributeError(f"run.json has no key {name}")
+        self[name] = value
+
+    @classmethod
+    def from_dict(cls, values: Any) -> RunRecord:
+        """The record in what was read from run.json; RunError names what is missing or of another type."""
+        missing = _REQUIRED - set(values if isinstance(values, dict) else ())
+        if missing:
+            raise RunError(f"not the record of a run, {', '.join(sorted(missing))} missing")
+        damaged = _damaged(values, KEYS)
+        if isinstance(values["best"], dict):
+            damaged += _damaged(values["best"], _BEST, "best.")
+        if damaged:
+            raise RunError(f"damaged, {', '.join(damaged)} not what a run writes")
+        record = cls()
+        record.update(values)
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary, as JSON holds it: numbers that are not finite become None."""
+        return finite(self)
+
+
+KEYS: dict[str, Any] = get_type_hints(RunRecord)
+"""The keys of run.json with their types, in the order in which a run writes them."""
+_REQUIRED = {item.name for item in fields(RunRecord) if item.metadata}
 _BEST = dict.fromkeys(("step", "epoch", "val_loss", "val_ppl", "val_accuracy"), int | float | None)
-"""The types of what is read of run.json, by name; older records lack some of the optional ones."""
+"""The types of what is read of the best row, whatever else it holds."""
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is that of a run: whether it has a record."""
+    return (folder / RECORD).is_file()
+
+
+def contents(folder: Path) -> str:
+    """What a run's folder holds, for the reader: the report first."""
+    there = [name for name in (*reversed(RUN_FILES), MODEL, CHECKPOINTS) if (folder / name).exists()]
+    return ", ".join(name if name in RUN_FILES else f"{name}/" for name in there)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """run.json: everything about a run but its curve. Infinite and missing numbers become null."""
-    write_text_atomic(folder / "run.json", record_text(record))
+    write_text_atomic(folder / RECORD, record_text(record))
 
 
 def record_text(record: dict[str, Any]) -> str:
@@ -54,24 +168,19 @@ def record_text(record: dict[str, Any]) -> str:
     return json.dumps(finite(record), indent=2) + "\n"
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> RunRecord:
     """run.json of a run's folder; FileMissingError, FileError or RunError says what is wrong with it."""
-    path = folder / "run.json"
+    path = folder / RECORD
     with file_errors(path):
         there = path.is_file()
     if not there:
         raise FileMissingError(f"{folder}: no run here (there is no run.json in it)")
     way_out = "move it away: the checkpoints beside it go on without it"
-    record = read_json(path, way_out)
-    missing = set(_REQUIRED) - set(record if isinstance(record, dict) else ())
-    if missing:
-        raise RunError(f"{path}: not the record of a run, {', '.join(sorted(missing))} missing; {way_out}")
-    damaged = _damaged(record, _REQUIRED | _OPTIONAL)
-    if isinstance(record["best"], dict):
-        damaged += _damaged(record["best"], _BEST, "best.")
-    if damaged:
-        raise RunError(f"{path}: damaged, {', '.join(damaged)} not what a run writes; {way_out}")
-    return record
+    values = read_json(path, way_out)
+    try:
+        return RunRecord.from_dict(values)
+    except RunError as error:
+        raise RunError(f"{path}: {error}; {way_out}") from None
 
 
 def _damaged(values: dict[str, Any], kinds: dict[str, Any], prefix: str = "") -> list[str]:
@@ -94,18 +203,18 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in history)
-    write_text_atomic(folder / "history.csv", text.getvalue())
+    write_text_atomic(folder / HISTORY, text.getvalue())
 
 
 def read_history(folder: Path):
     """history.csv as a DataFrame; errors as of `read_table`, and RunError where it is another table."""
     from pandas.api.types import is_numeric_dtype
 
-    found = read_table(folder / "history.csv")
+    found = read_table(folder / HISTORY)
     missing = [name for name in ("step", "epoch", "val_loss", "val_ppl") if name not in found]
     wrong = [name for name in HISTORY_COLUMNS if name in found and len(found) and not is_numeric_dtype(found[name])]
     if missing or wrong:
-        raise RunError(f"{folder / 'history.csv'}: damaged, no numbers in the columns {', '.join(missing + wrong)}")
+        raise RunError(f"{folder / HISTORY}: damaged, no numbers in the columns {', '.join(missing + wrong)}")
     return found
 
 
@@ -114,7 +223,7 @@ def history_rows(folder: Path) -> list[dict[str, Any]]:
 
     A column that an older version did not write is None.
     """
-    path = folder / "history.csv"
+    path = folder / HISTORY
     if not path.is_file():
         return []
     with file_errors(path, f"cannot read {path}"):
@@ -151,4 +260,4 @@ def damaged_record(folder: Path) -> Iterator[None]:
     except NewLLMError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{folder / 'run.json'}: damaged ({type(error).__name__}: {error})") from error
+        raise RunError(f"{folder / RECORD}: damaged ({type(error).__name__}: {error})") from error

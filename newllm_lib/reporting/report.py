@@ -12,6 +12,8 @@ from newllm_lib.reporting.curves import no_curves
 from newllm_lib.reporting.diagnostics import best_row, every_spell
 from newllm_lib.reporting.formatting import markdown_table
 from newllm_lib.reporting.record import (  # noqa: F401, nl.report has them
+    CURVES,
+    REPORT,
     finite,
     read_history,
     read_record,
@@ -19,6 +21,8 @@ from newllm_lib.reporting.record import (  # noqa: F401, nl.report has them
     write_record,
 )
 from newllm_lib.system.files import write_text_atomic
+
+PICTURE = f"![curves]({CURVES})"
 
 
 def _cell(row: dict[str, Any], name: str, form: str) -> str:
@@ -31,7 +35,7 @@ def _cell(row: dict[str, Any], name: str, form: str) -> str:
 
 def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """report.md: `report_text` in a run's folder."""
-    write_text_atomic(folder / "report.md", report_text(record, history))
+    write_text_atomic(folder / REPORT, report_text(record, history))
 
 
 def report_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
@@ -43,7 +47,7 @@ def report_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
     parts = [
         f"# {markdown_text(record['run'])}",
         summary_text(record),
-        "![curves](curves.png)" if best_row(history) else f"No curves: {no_curves(history)}.",
+        PICTURE if best_row(history) else f"No curves: {no_curves(history)}.",
         "## Set-up",
         markdown_table(("", ""), [tuple(map(markdown_text, line)) for line in record["plan"] if line[0] != "run"]),
         _provenance(record),

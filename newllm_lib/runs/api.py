@@ -17,16 +17,16 @@ from newllm_lib.generation import generate_texts
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting.progress import Progress
-from newllm_lib.runs.folder import decisions, earlier_record, run_folder
+from newllm_lib.runs.folder import resolve_run
 from newllm_lib.runs.launch import default_progress, launch
 from newllm_lib.runs.run import Loaded, Run, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors
 from newllm_lib.training.plan import plan_lines
-from newllm_lib.training.setup import Setup, make_setup
+from newllm_lib.training.setup import Setup
 from newllm_lib.training.trainer import Trainer
-from newllm_lib.tuning import estimate_speed, settle_batch
+from newllm_lib.tuning import estimate_speed
 
 
 @file_errors()
@@ -37,12 +37,8 @@ def plan(
 
     A batch that a policy has yet to find is sought; `report` is told of each try (None = standard error).
     """
-    setup = make_setup(resolve(config, **overrides))
-    folder = run_folder(setup)
-    decided = decisions(earlier_record(folder, setup.identity), setup.identity)
-    setup = make_setup(setup.requested, decided, setup.prepared) if decided else setup
-    setup = settle_batch(setup, decided, report or (lambda text: say(text, sys.stderr)))
-    return setup, plan_lines(setup, str(folder), speed=estimate_speed(setup))
+    run = resolve_run(resolve(config, **overrides), log=report or (lambda text: say(text, sys.stderr)))
+    return run.setup, plan_lines(run.setup, str(run.place.folder), speed=estimate_speed(run.setup))
 
 
 @file_errors()

@@ -24,8 +24,8 @@ def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = Non
     config = asked.replace(**changes, epochs=epochs, max_steps=max_steps)
     if asked.train.lr_schedule != "constant" and "decay_steps" not in changes:
         config = config.replace(decay_steps=None)
-    setup = make_setup(config, run.record.get("decided"))  # its batch may be what a policy or another machine gave
-    done = run.record.get("step", 0)
+    setup = make_setup(config, run.record.decided)  # its batch may be what a policy or another machine gave
+    done = run.record.step or 0
     if setup.total_steps < done:
         asked_for = f"epochs = {epochs}" if epochs else f"max_steps = {max_steps}"
         raise ConfigError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from newllm_lib.config import RunConfig
 from newllm_lib.errors import CheckpointError, TrainingError
@@ -12,44 +10,43 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.reporting.diagnostics import best_row
 from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.progress import Progress, TerminalProgress
-from newllm_lib.runs.folder import (
-    checkpoints_gone,
-    decided_by_checkpoint,
-    decisions,
-    earlier_record,
-    run_folder,
-    set_aside,
-)
+from newllm_lib.reporting.record import RunRecord
+from newllm_lib.runs.folder import RunPlace, checkpoints_gone, earlier_record, resolve_run, set_aside
 from newllm_lib.runs.mirror import Mirror
 from newllm_lib.runs.recorder import Recorder, command
 from newllm_lib.runs.run import Run
 from newllm_lib.system.console import in_kernel
-from newllm_lib.training.checkpoint import Checkpoints
 from newllm_lib.training.observers import Observer
-from newllm_lib.training.setup import Setup, make_setup
 from newllm_lib.training.trainer import Trainer
-from newllm_lib.tuning import estimate_speed, settle_batch
+from newllm_lib.tuning import estimate_speed
 
 
 def launch(requested: RunConfig, fresh: bool, progress: Progress, watch: Callable[[Trainer], None]) -> Run:
     """Train or continue the run that was asked for; errors as of `newllm_lib.train`."""
-    setup, folder, earlier, mirror = _setup_and_folder(requested, fresh, progress)
+
+    def claim(place: RunPlace) -> Mirror | None:
+        return _claim(place, requested.mirror_dir, fresh, progress.message)
+
+    resolved = resolve_run(requested, claim=claim, log=progress.message)
+    setup, earlier, mirror = resolved.setup, resolved.earlier, resolved.mirror
+    folder, checkpoints = resolved.place.folder, resolved.place.checkpoints
+    checkpoints.take_over(earlier.run or folder.name)
     progress.watch(mirror.safety if mirror else None)
     model = NewLLM.fresh(setup.config.model, setup.config.train.seed, setup.machine.device)
-    trainer = Trainer(setup, model, Checkpoints(folder / "checkpoints", folder.name), progress)
+    trainer = Trainer(setup, model, checkpoints, progress)
     _continue(trainer, earlier, progress)
-    if trainer.ended() and (earlier.get("status"), earlier.get("step")) == (trainer.ended(), trainer.state.step):
+    if trainer.ended() and (earlier.status, earlier.step) == (trainer.ended(), trainer.state.step):
         progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
         if mirror:
             mirror.close(progress.message)
         return Run(folder)
     recorder = Recorder(trainer, folder, earlier)
     if not trainer.state.step:
-        for name, text in recorder.record["plan"]:
+        for name, text in recorder.record.plan:
             progress.message(f"{name:>10}  {text}")
     elif setup.precision.substituted:
         progress.message(f"warning: precision {setup.precision.name}: {setup.precision.reason}")
-    if reason := recorder.record["faithful_reason"]:
+    if reason := recorder.record.faithful_reason:
         progress.message(f"warning: not faithful to the published run: {reason}")
     progress.begin(recorder.record, trainer.state.history)
     trainer.observers += [recorder, *([_RequestCopy(mirror)] if mirror else [])]
@@ -79,35 +76,29 @@ def default_progress() -> Progress:
     return NotebookProgress()
 
 
-def _setup_and_folder(
-    requested: RunConfig, fresh: bool, progress: Progress
-) -> tuple[Setup, Path, dict[str, Any], Mirror | None]:
-    """The setup in which the decisions of a run that is there stand, its folder, its record so far, its copy."""
-    setup = make_setup(requested)
-    folder = run_folder(setup)
-    mirror = Mirror(folder, setup.config.mirror_dir, setup.identity) if setup.config.mirror_dir else None
-    for place in (folder, *([mirror.place] if mirror else [])):
-        if fresh and place.exists():
-            progress.message(f"starting over; the old run is kept as {set_aside(place)}")
-    if mirror and earlier_record(folder, setup.identity).get("identity", setup.identity) == setup.identity:
-        mirror.restore(progress.message)
-    earlier = earlier_record(folder, setup.identity)
-    checkpoints = Checkpoints(folder / "checkpoints", folder.name)
-    checkpoints.take_over(earlier.get("run", folder.name))
-    decided = decisions(earlier, setup.identity) if earlier else decided_by_checkpoint(checkpoints, setup.identity)
-    setup = make_setup(requested, decided, setup.prepared) if decided else setup
-    return settle_batch(setup, decided, progress.message), folder, earlier, mirror
+def _claim(place: RunPlace, mirror_dir: str | None, fresh: bool, log: Callable[[str], None]) -> Mirror | None:
+    """Make a run's folder ready to be read and trained in: set aside what `fresh` replaces, bring the copy back.
+
+    Returns what keeps the copy, if there is one; ConfigError where it cannot be kept in `mirror_dir`.
+    """
+    mirror = Mirror(place.folder, mirror_dir, place.identity) if mirror_dir else None
+    for folder in (place.folder, place.copy):
+        if fresh and folder and folder.exists():
+            log(f"starting over; the old run is kept as {set_aside(folder)}")
+    if mirror and earlier_record(place.folder, place.identity).get("identity", place.identity) == place.identity:
+        mirror.restore(log)
+    return mirror
 
 
-def _continue(trainer: Trainer, earlier: dict[str, Any], progress: Progress) -> None:
+def _continue(trainer: Trainer, earlier: RunRecord, progress: Progress) -> None:
     """Restore the newest valid checkpoint, if there is one, and say where the run goes on.
 
     CheckpointError where the folder held a validated run whose checkpoints are gone: starting over would replace it.
     """
     found = trainer.checkpoints.newest_valid(lambda text: progress.message(f"warning: {text}"))
     if found is None:
-        if earlier.get("best"):  # one that ended before its first validation may never have saved anything
-            raise CheckpointError(checkpoints_gone(trainer.checkpoints.folder, earlier.get("step") or 0))
+        if earlier.best:  # one that ended before its first validation may never have saved anything
+            raise CheckpointError(checkpoints_gone(trainer.checkpoints.folder, earlier.step or 0))
         return
     path, payload = found
     trainer.restore(payload, path)

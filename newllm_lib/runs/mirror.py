@@ -44,6 +44,16 @@ class _AbandonedError(Exception):
     """Nobody waits for this copy any more."""
 
 
+def check_mirror_dir(folder: Path, mirror_dir: str | Path) -> None:
+    """ConfigError where the copy of a run's folder cannot be kept: `mirror_dir` is no folder, or holds the run."""
+    if not Path(mirror_dir).is_dir():  # never made here: under a drive that is not mounted it would be no copy
+        raise ConfigError(
+            f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be a folder that exists; make it, or mount its drive"
+        )
+    if Path(mirror_dir).resolve() == folder.parent.resolve():
+        raise ConfigError(f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be another folder than results_dir")
+
+
 class Mirror:
     """Keeps the copy of one run up to date in a thread of its own.
 
@@ -64,12 +74,7 @@ class Mirror:
 
         pause, retry: seconds between copies, and after one that failed. clock: seconds since 1970.
         """
-        if not Path(mirror_dir).is_dir():  # never made here: under a drive that is not mounted it would be no copy
-            raise ConfigError(
-                f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be a folder that exists; make it, or mount its drive"
-            )
-        if Path(mirror_dir).resolve() == folder.parent.resolve():
-            raise ConfigError(f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be another folder than results_dir")
+        check_mirror_dir(folder, mirror_dir)
         self.place = Path(mirror_dir) / folder.name
         self._copy = RunCopy(folder, self.place, identity, self._alive, clock)
         self._pause, self._retry, self._clock = pause, retry, clock

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.errors import ChangedError, CheckpointError, FileMissingError
+from newllm_lib.reporting.record import CHECKPOINTS, MODEL, RUN_FILES
 from newllm_lib.system.files import copy_atomic, make_folder, read_json, sha256_of, write_text_atomic
 from newllm_lib.training.checkpoint import (
     Checkpoints,
@@ -33,8 +34,7 @@ FORMAT_VERSION = 1
 """Version of the manifest; a reader refuses newer ones."""
 LAST_CHECKPOINTS = 2
 """Copied beside the best and the final one."""
-_TOP_FILES = ("run.json", "history.csv", "curves.png", "report.md")
-_NAME = re.compile("|".join(map(re.escape, _TOP_FILES)) + r"|(model|checkpoints)/[^./\\][^/\\]*")
+_NAME = re.compile("|".join(map(re.escape, RUN_FILES)) + rf"|({MODEL}|{CHECKPOINTS})/[^./\\][^/\\]*")
 """What a manifest may name: nothing outside the run's folder."""
 
 Entry = dict[str, Any]
@@ -75,7 +75,7 @@ class RunCopy:
             return None
         self._check_identity(manifest.get("identity"), there)
         self._begun = bool(manifest)
-        here = max(map(valid_step, Checkpoints(self.folder / "checkpoints", self.folder.name).files()), default=-1)
+        here = max(map(valid_step, Checkpoints.of(self.folder).files()), default=-1)
         if here >= max(entry["step"] for entries in there.values() for entry in entries):
             return None
         valid = sorted(self._verified(there, tell), key=lambda found: found[1]["step"])
@@ -118,7 +118,7 @@ class RunCopy:
         Both, because a drive may bring files to light late, and in another order than they were written in.
         """
         there = {name: list(entries) for name, entries in self._listed.items() if name.endswith(".pt")}
-        for name in _names(self.place, "checkpoints"):
+        for name in _names(self.place, CHECKPOINTS):
             if name.endswith(".pt") and (entry := current_entry(self.place / name)):
                 there.setdefault(name, []).append(entry)
         return {name: entries for name, entries in there.items() if entries}
@@ -179,7 +179,7 @@ class RunCopy:
             raise FileMissingError(errno.ENOENT, "the copy is gone", str(self.place))
         kept = self._kept()
         step = max(kept.values(), default=0)
-        others = [name for name in _TOP_FILES if (self.folder / name).is_file()] + _names(self.folder, "model")
+        others = [name for name in RUN_FILES if (self.folder / name).is_file()] + _names(self.folder, MODEL)
         new, damaged = {}, None
         for name in (*kept, *others):
             try:
@@ -206,11 +206,11 @@ class RunCopy:
 
     def _kept(self) -> dict[str, int]:
         """Name -> step of the checkpoints to copy, the newest first: the last two, the best and the final one."""
-        checkpoints = Checkpoints(self.folder / "checkpoints", self.folder.name)
+        checkpoints = Checkpoints.of(self.folder)
         found = [(path, entry["step"]) for path in checkpoints.files() if (entry := current_entry(path))]
         always = (checkpoints.best, checkpoints.final)
         last = [path for path, _ in found if path not in always][:LAST_CHECKPOINTS]
-        return {f"checkpoints/{path.name}": step for path, step in found if path in always or path in last}
+        return {f"{CHECKPOINTS}/{path.name}": step for path, step in found if path in always or path in last}
 
     def _changed(self, name: str) -> Entry | None:
         """The entry of a file that the copy does not have as it is now; None where it does."""
@@ -254,7 +254,7 @@ class RunCopy:
     def _superseded(self, kept: dict[str, int], step: int) -> list[str]:
         """Checkpoints of the copy that are older than the newest and not kept; newer ones, of another machine, stay."""
         found = []
-        for name in {name.removesuffix(".json") for name in _names(self.place, "checkpoints")} - set(kept):
+        for name in {name.removesuffix(".json") for name in _names(self.place, CHECKPOINTS)} - set(kept):
             entry = next(iter(self._listed.get(name, [])), None) or current_entry(self.place / name)
             if name.endswith(".pt") and (entry is None or entry["step"] < step):
                 found.append(name)
@@ -276,7 +276,7 @@ class RunCopy:
             with contextlib.suppress(OSError):
                 sidecar(self.place / name).unlink(missing_ok=True)
                 _remove(self.place / name)
-        for folder in (self.place, self.place / "checkpoints", self.place / "model"):
+        for folder in (self.place, self.place / CHECKPOINTS, self.place / MODEL):
             for path in folder.glob(".*.tmp"):
                 with contextlib.suppress(OSError):
                     _remove(path)

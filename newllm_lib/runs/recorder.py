@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from newllm_lib.config import BOS, presets
+from newllm_lib.data.dataset import Prepared, Split
 from newllm_lib.errors import CheckpointError
 from newllm_lib.escaping import shell_command
 from newllm_lib.model.decoding import generate
@@ -16,7 +18,7 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model, load_exported
 from newllm_lib.reporting import curves, report
 from newllm_lib.reporting.diagnostics import best_row
-from newllm_lib.reporting.record import write_history, write_record
+from newllm_lib.reporting.record import MODEL, WEIGHTS, RunRecord, write_history, write_record
 from newllm_lib.system.files import make_folder
 from newllm_lib.system.hardware import environment
 from newllm_lib.training.checkpoint import load_checkpoint
@@ -35,68 +37,53 @@ LEAST_SECONDS = 10
 class Recorder(Observer):
     """Writes what a run leaves behind; `earlier` is the record of the part of the run before this one."""
 
-    def __init__(self, trainer: Trainer, folder: Path, earlier: dict[str, Any]):
+    def __init__(self, trainer: Trainer, folder: Path, earlier: RunRecord):
         self.trainer, self.folder = trainer, folder
         make_folder(folder)
-        commands = [*earlier.get("commands", []), command()]
         self._rows_before = len(trainer.state.history)  # which may be another machine's
-        self.record = self._fixed(earlier) | {"commands": list(dict.fromkeys(commands)), "samples": []}
+        self.record = self._first_record(earlier)
 
-    def _fixed(self, earlier: dict[str, Any]) -> dict[str, Any]:
-        """What does not change while it trains."""
-        setup = self.trainer.setup
+    def _first_record(self, earlier: RunRecord) -> RunRecord:
+        """What does not change while it trains, and what continues an earlier part of the run."""
+        setup, state = self.trainer.setup, self.trainer.state
         faithful, reason = self._faithful(earlier)
-        return {
-            "run": self.folder.name,
-            "preset": setup.config.preset,
-            "status": "running",
-            "identity": setup.identity,
-            "parameters": setup.config.model.num_parameters,
-            "published_protocol": is_published_protocol(setup),
-            "faithful": faithful,
-            "faithful_reason": reason,
-            "decided": {
-                "batch_size": setup.config.train.batch_size,
-                "micro_batch_size": setup.config.train.micro_batch_size,
-                "precision": setup.precision.name,
-                "engine": setup.engine.name,
-            },
-            "plan": plan_lines(
-                setup, str(self.folder), self.trainer.state.decay_steps, estimate_speed(setup, measure=False)
-            ),
-            "decay_steps": self.trainer.state.decay_steps,
-            "model_step": earlier.get("model_step"),  # whose weights model/ holds, where they are not the best ones
-            "data": {
-                "name": setup.prepared.corpus_name,
-                "fingerprint": setup.prepared.fingerprint,
-                "training_sequences": len(setup.train_split.ids),
-                "training_tokens": setup.train_split.num_tokens,
-            },
-            "validation": {
-                "tokens": setup.validation_split.num_tokens,
-                "unknown_share": setup.validation_split.unknown_share,
-                "digest": setup.validation_split.digest,
-            },
-            "peak_memory_meaning": (
-                "of tensors on the GPU" if setup.machine.kind == "cuda" else "resident memory of the process"
-            ),
-            "environment": environment(setup.machine),
-            "config": setup.config.to_dict(),
-            "requested": setup.requested.to_dict(),
-        }
+        plan = plan_lines(setup, str(self.folder), state.decay_steps, estimate_speed(setup, measure=False))
+        on_gpu = setup.machine.kind == "cuda"
+        return RunRecord(
+            run=self.folder.name,
+            preset=setup.config.preset,
+            status="running",
+            identity=setup.identity,
+            parameters=setup.config.model.num_parameters,
+            published_protocol=is_published_protocol(setup),
+            faithful=faithful,
+            faithful_reason=reason,
+            decided=setup.decided,
+            plan=plan,
+            decay_steps=state.decay_steps,
+            model_step=earlier.model_step,
+            data=data_facts(setup.prepared, setup.train_split),
+            validation=validation_facts(setup.validation_split),
+            peak_memory_meaning="of tensors on the GPU" if on_gpu else "resident memory of the process",
+            environment=environment(setup.machine),
+            config=setup.config.to_dict(),
+            requested=setup.requested.to_dict(),
+            commands=list(dict.fromkeys([*(earlier.commands or []), command()])),
+            samples=[],
+        )
 
-    def _faithful(self, earlier: dict[str, Any]) -> tuple[bool | None, str | None]:
+    def _faithful(self, earlier: RunRecord) -> tuple[bool | None, str | None]:
         """Whether this is the published run; once a part of it was not, the whole is not."""
         if self.trainer.setup.config.preset not in presets.FAITHFUL:
             return None, None
-        reason = unfaithful_reason(self.trainer.setup) or earlier.get("faithful_reason")
+        reason = unfaithful_reason(self.trainer.setup) or earlier.faithful_reason
         return reason is None, reason
 
     def on_validation(self, trainer: Trainer, row: dict[str, Any], improved: bool) -> None:
         """The weights if they are the best, then the tables."""
         if improved:
-            export_model(self.folder / "model", trainer.model, trainer.setup.prepared.tokenizer)
-            self.record["model_step"] = None
+            export_model(self.folder / MODEL, trainer.model, trainer.setup.prepared.tokenizer)
+            self.record.model_step = None
         write_history(self.folder, trainer.state.history)
         self._write_record("running")
 
@@ -105,7 +92,7 @@ class Recorder(Observer):
         history = self.trainer.state.history
         if best_row(history):
             self._export_best()
-        self.record["samples"] = self._samples() if status != "running" else []
+        self.record.samples = self._samples() if status != "running" else []
         if len(history) > self._rows_before and history[-1]["train_seconds"] >= LEAST_SECONDS:
             Store(self.trainer.setup.machine).keep_speed(self.trainer.setup, history[-1]["tokens_per_second"])
         self._write_record(status)
@@ -125,33 +112,53 @@ class Recorder(Observer):
             return  # a best one of before: the run came from a file that did not have a later one
         model = NewLLM(self.trainer.setup.config.model)
         model.load_state_dict(payload["model"])
-        export_model(self.folder / "model", model, self.trainer.setup.prepared.tokenizer)
+        export_model(self.folder / MODEL, model, self.trainer.setup.prepared.tokenizer)
 
     def _write_record(self, status: str) -> None:
-        state, setup = self.trainer.state, self.trainer.setup
-        best = best_row(state.history)
-        self.record |= {"status": status, "step": state.step, "total_steps": setup.total_steps, "best": best}
-        if best:
+        state, setup, record = self.trainer.state, self.trainer.setup, self.record
+        record.status, record.step, record.total_steps = status, state.step, setup.total_steps
+        record.best = best_row(state.history)
+        if record.best:
             peak = max(row["peak_memory_bytes"] for row in state.history)
-            self.record["peak_memory_bytes"] = peak
-            self.record["peak_memory_share"] = round(peak / setup.machine.memory_bytes, 4)
-        write_record(self.folder, self.record)
+            record.peak_memory_bytes = peak
+            record.peak_memory_share = round(peak / setup.machine.memory_bytes, 4)
+        write_record(self.folder, record)
 
     def _samples(self) -> list[str]:
         """Texts that the best weights write after the first words of validation texts."""
-        if not (self.folder / "model" / "model.safetensors").exists():
+        if not (self.folder / MODEL / WEIGHTS).exists():
             return []
-        model, tokenizer = load_exported(self.folder / "model")
-        texts = self.trainer.setup.prepared.texts["validation"]
-        longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
+        model, tokenizer = load_exported(self.folder / MODEL)
         samples = []
-        for seed, index in enumerate(longest):
-            prompt = torch.tensor([[BOS, *texts[index][:SAMPLE_PROMPT_TOKENS].tolist()]])
+        for seed, ids in enumerate(sample_prompts(self.trainer.setup.prepared)):
+            prompt = torch.tensor([[BOS, *ids.tolist()]])
             generator = torch.Generator().manual_seed(seed)
             new = generate(model.eval(), prompt, SAMPLE_TOKENS, generator=generator).tokens
             start, whole = tokenizer.decode(prompt[0]), tokenizer.decode([*prompt[0], *new[0]])
             samples.append(f"**{start}**{whole[len(start) :]}")
         return samples
+
+
+def sample_prompts(prepared: Prepared) -> list[np.ndarray]:
+    """What the samples of a report begin with: the first ids of the longest validation texts."""
+    texts = prepared.texts["validation"]
+    longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
+    return [texts[index][:SAMPLE_PROMPT_TOKENS] for index in longest]
+
+
+def data_facts(prepared: Prepared, train_split: Split) -> dict[str, Any]:
+    """What a record says of the text."""
+    return {
+        "name": prepared.corpus_name,
+        "fingerprint": prepared.fingerprint,
+        "training_sequences": len(train_split.ids),
+        "training_tokens": train_split.num_tokens,
+    }
+
+
+def validation_facts(split: Split) -> dict[str, Any]:
+    """What a record says of the ids that are scored."""
+    return {"tokens": split.num_tokens, "unknown_share": split.unknown_share, "digest": split.digest}
 
 
 def command(without: tuple[str, ...] = ()) -> str:

@@ -12,10 +12,22 @@ from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError, FileMissingError, NoModelError, RunError
 from newllm_lib.escaping import one_line
 from newllm_lib.model.newllm import NewLLM
-from newllm_lib.model.pretrained import TOKENIZER_FILE, load_exported, tokenizer_text
+from newllm_lib.model.pretrained import load_exported, tokenizer_text
 from newllm_lib.reporting import report
 from newllm_lib.reporting.model_card import card_of
-from newllm_lib.reporting.record import damaged_record, history_rows, read_history, read_record
+from newllm_lib.reporting.record import (
+    HISTORY,
+    MODEL,
+    RECORD,
+    TOKENIZER,
+    WEIGHTS,
+    RunRecord,
+    damaged_record,
+    history_rows,
+    holds_run,
+    read_history,
+    read_record,
+)
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors
 from newllm_lib.training.checkpoint import Checkpoints, load_trained
@@ -26,28 +38,28 @@ class Run:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.record: dict[str, Any] = read_record(self.folder)
+        self.record: RunRecord = read_record(self.folder)
 
     def __repr__(self) -> str:
         best = f", PPL {self.best['val_ppl']:.2f}" if self.best and self.best["val_ppl"] else ""
-        return f"Run({str(self.folder)!r}, {one_line(self.record['status'])}{best})"
+        return f"Run({str(self.folder)!r}, {one_line(self.record.status)}{best})"
 
     @property
     def config(self) -> RunConfig:
         """The configuration, every decision made; RunError where run.json has one that this version does not know."""
-        return self._config_of(self.record["config"])
+        return self._config_of(self.record.config)
 
     @property
     def requested(self) -> RunConfig:
         """The configuration that was asked for: `train(run.requested)` continues the run, in a folder of any name."""
-        asked = self._config_of(self.record.get("requested") or self.record["config"])
+        asked = self._config_of(self.record.requested or self.record.config)
         return asked.replace(name=self.folder.name, results_dir=str(self.folder.parent))
 
     def _config_of(self, values: dict[str, Any]) -> RunConfig:
         try:
             return RunConfig.from_dict(values)
         except ConfigError as error:
-            raise RunError(f"{self.folder / 'run.json'}: {error}") from error
+            raise RunError(f"{self.folder / RECORD}: {error}") from error
 
     @property
     def report(self) -> str:
@@ -57,12 +69,12 @@ class Run:
         """
         with damaged_record(self.folder):
             text = report.report_text(self.record, history_rows(self.folder))
-        return text.replace("![curves](curves.png)\n\n", "")
+        return text.replace(report.PICTURE + "\n\n", "")
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The row of the history with the lowest validation loss."""
-        return self.record["best"]
+        return self.record.best
 
     @property
     def history(self):
@@ -103,7 +115,7 @@ def load_model(place: str | Path) -> Loaded:
     FileMissingError where there is nothing, CheckpointError where it cannot be read.
     """
     loaded = _load_model(place)
-    loaded.model.companions = {TOKENIZER_FILE: tokenizer_text(loaded.tokenizer)}
+    loaded.model.companions = {TOKENIZER: tokenizer_text(loaded.tokenizer)}
     loaded.model.card = card_of(Path(place), loaded.model.config)
     return loaded
 
@@ -112,32 +124,32 @@ def _load_model(place: str | Path) -> Loaded:
     path = Path(place)
     if path.is_file():
         return _from_checkpoint(path)
-    if (path / "model.safetensors").exists():
+    if (path / WEIGHTS).exists():
         model, tokenizer = load_exported(path)
         return Loaded(model.eval(), tokenizer, None, None)
     if not path.is_dir():
         raise FileMissingError(f"{place}: no such run, model folder or checkpoint")
     run = Run(path)
-    if not (path / "model" / "model.safetensors").exists():
-        best = Checkpoints(path / "checkpoints", run.record["run"]).best
+    if not (path / MODEL / WEIGHTS).exists():
+        best = Checkpoints.of(path, run.record.run).best
         if not best.exists():
             check_validated(run)
         return _from_checkpoint(best)
-    model, tokenizer = load_exported(path / "model")
-    return Loaded(model.eval(), tokenizer, run.config, (run.record.get("data") or {}).get("fingerprint"))
+    model, tokenizer = load_exported(path / MODEL)
+    return Loaded(model.eval(), tokenizer, run.config, (run.record.data or {}).get("fingerprint"))
 
 
 def check_validated(run: Run) -> None:
     """NoModelError for a run that no validation has given a best model yet."""
     if run.best is not None:
         return
-    if (run.folder / "history.csv").is_file() and len(run.history):
+    if (run.folder / HISTORY).is_file() and len(run.history):
         raise NoModelError(run.folder, "no validation gave a finite loss")
     raise NoModelError(run.folder)
 
 
 def _from_checkpoint(path: Path) -> Loaded:
     model, tokenizer, config, fingerprint = load_trained(path, warn_on_stderr)
-    if not (path.resolve().parent.parent / "run.json").is_file():  # then who knows where the file comes from
+    if not holds_run(path.resolve().parent.parent):  # then who knows where the file comes from
         config = RunConfig.from_dict(received_config(config.to_dict()))
     return Loaded(model.eval(), tokenizer, config, fingerprint)

@@ -25,6 +25,16 @@ from newllm_lib.model.pretrained import load_exported
 from newllm_lib.reporting import report
 from newllm_lib.reporting.model_card import model_card
 from newllm_lib.reporting.record import (
+    CARD,
+    CHECKPOINTS,
+    CURVES,
+    HISTORY,
+    MODEL,
+    MODEL_CONFIG,
+    RECORD,
+    REPORT,
+    TOKENIZER,
+    WEIGHTS,
     damaged_record,
     history_rows,
     read_history,
@@ -49,8 +59,9 @@ ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.err
 _CHUNK = 1 << 20
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member, so that the same run gives the same file."""
-_REQUIRED = ("run.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json")
-_OPTIONAL = ("history.csv", "curves.png", "report.md", "model/README.md")
+_CARD = f"{MODEL}/{CARD}"
+_REQUIRED = (RECORD, *(f"{MODEL}/{name}" for name in (WEIGHTS, MODEL_CONFIG, TOKENIZER)))
+_OPTIONAL = (HISTORY, CURVES, REPORT, _CARD)
 
 
 @file_errors()
@@ -67,7 +78,7 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     if missing:
         check_validated(run)
         raise RunError(f"{run.folder}: has no {missing[0]} yet; a bundle needs a run with a validation behind it")
-    load_exported(run.folder / "model")  # what cannot be read is not sent
+    load_exported(run.folder / MODEL)  # what cannot be read is not sent
     files = {name: run.folder / name for name in (*_REQUIRED, *_OPTIONAL) if (run.folder / name).is_file()}
     contents = {name: path.read_bytes() for name, path in files.items()} | _written_for_others(run)
     if checkpoint:
@@ -89,14 +100,14 @@ def _written_for_others(run: Run) -> dict[str, bytes]:
     """The files of a bundle that could tell of this machine: the record, and what is written from it."""
     with damaged_record(run.folder):
         record = portable(run.record)
-        texts = {"run.json": record_text(record), "model/README.md": model_card(record, run.config.model)}
-        if (run.folder / "report.md").is_file():
-            texts["report.md"] = report.report_text(record, history_rows(run.folder))
+        texts = {RECORD: record_text(record), _CARD: model_card(record, run.config.model)}
+        if (run.folder / REPORT).is_file():
+            texts[REPORT] = report.report_text(record, history_rows(run.folder))
     return {name: text.encode() for name, text in texts.items()}
 
 
 def _newest_checkpoint(run: Run) -> dict[str, bytes]:
-    checkpoints = Checkpoints(run.folder / "checkpoints", run.record["run"])
+    checkpoints = Checkpoints.of(run.folder, run.record.run)
     newest = next(iter(checkpoints.files()), None)
     if newest is None:
         raise RunError(f"{run.folder}: has no checkpoint to take along")
@@ -108,7 +119,7 @@ def _newest_checkpoint(run: Run) -> dict[str, bytes]:
             path = Path(scratch) / newest.name
             save_checkpoint(path, payload | configs, payload["state"]["step"])
         found = (path, sidecar(path))
-        return {f"checkpoints/{file.name}": file.read_bytes() for file in found if file.is_file()}
+        return {f"{CHECKPOINTS}/{file.name}": file.read_bytes() for file in found if file.is_file()}
 
 
 @file_errors()
@@ -157,7 +168,7 @@ def open_bundle(
             manifest = _manifest(archive, path, max_bytes)
             folder = results / folder_name(name or manifest["run"], path)
             if folder.exists():
-                return _already_there(folder, manifest, json.loads(archive.read("run.json")))
+                return _already_there(folder, manifest, json.loads(archive.read(RECORD)))
             make_folder(results)
             with tempfile.TemporaryDirectory(prefix=".opening-", dir=results) as scratch:
                 unpacked = Path(scratch) / "run"
@@ -179,7 +190,7 @@ def bundle_record(path: str | Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             _manifest(archive, Path(path), MAX_BUNDLE_BYTES)
-            record = json.loads(archive.read("run.json"))
+            record = json.loads(archive.read(RECORD))
             return record | {"run": str(record["run"])}
     except NewLLMError:
         raise
@@ -259,10 +270,10 @@ def _check_run(folder: Path, path: Path) -> None:
     """BundleError where the files cannot be used: their hashes match, so the fault is the sender's."""
     try:
         run = Run(folder)
-        folder_name(run.record["run"], path)  # the files of its checkpoints begin with it
+        folder_name(run.record.run, path)  # the files of its checkpoints begin with it
         received(run.record)
         repr(run)  # what the command prints of it
-        if (folder / "history.csv").is_file():
+        if (folder / HISTORY).is_file():
             read_history(folder)
         load_model(folder)
     except Exception as error:  # a record from elsewhere may be wrong in any way
@@ -276,12 +287,12 @@ def _already_there(folder: Path, manifest: dict[str, Any], sent: dict[str, Any])
     """
     for name, entry in manifest["files"].items():
         found = folder / name
-        if name == "model/README.md" and not found.is_file():
+        if name == _CARD and not found.is_file():
             continue  # made for the bundle
         same = found.is_file() and hashlib.sha256(found.read_bytes()).hexdigest() == entry["sha256"]
-        if name == "run.json" and found.is_file() and not same:
+        if name == RECORD and found.is_file() and not same:
             same = portable(read_record(folder)) == portable(sent)
-        elif name.startswith("checkpoints/"):
+        elif name.startswith(f"{CHECKPOINTS}/"):
             same = found.is_file() and (not name.endswith(".pt") or valid_step(found) >= 0)
         if not same:
             raise FileTakenError(

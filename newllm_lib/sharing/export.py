@@ -10,6 +10,7 @@ from newllm_lib.errors import RunError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model
 from newllm_lib.reporting.model_card import model_card
+from newllm_lib.reporting.record import CARD, MODEL, WEIGHTS
 from newllm_lib.runs.run import Run, load_model
 from newllm_lib.system.files import file_errors, write_text_atomic
 
@@ -22,16 +23,16 @@ def export(what: Run | str | Path, folder: str | Path, *, half: bool = False) ->
     every command read the result. RunError when the folder holds something else, or a weight does not fit FP16.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "model.safetensors").exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / WEIGHTS).exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds other files; name a new or an empty folder, or a model folder to replace")
     place = what.folder if isinstance(what, Run) else Path(what)
-    if folder.resolve() in (place.resolve(), (place / "model").resolve()):
+    if folder.resolve() in (place.resolve(), (place / MODEL).resolve()):
         raise RunError(f"{folder}: is where the model comes from; name another folder")
     loaded = load_model(place)
     if half:
         _check_half(loaded.model)
     export_model(folder, loaded.model, loaded.tokenizer, torch.float16 if half else None)
-    write_text_atomic(folder / "README.md", loaded.model.card or model_card(None, loaded.model.config))
+    write_text_atomic(folder / CARD, loaded.model.card or model_card(None, loaded.model.config))
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from newllm_lib.errors import FileMissingError, FileTakenError, NewLLMError
 from newllm_lib.escaping import say
-from newllm_lib.reporting.record import read_record
+from newllm_lib.reporting.record import CHECKPOINTS, RECORD, holds_run, read_record
 from newllm_lib.runs.mirror import Mirror
 from newllm_lib.runs.run import Run
 from newllm_lib.sharing.bundle import bundle_record, folder_name, open_bundle
@@ -37,9 +37,7 @@ def find_run(
     """
     wheres = [Path(where) for where in (results_dir, mirror_dir) if where]
     if place:
-        folders = [
-            path for path in (Path(place), *(where / place for where in wheres)) if (path / "run.json").is_file()
-        ]
+        folders = [path for path in (Path(place), *(where / place for where in wheres)) if holds_run(path)]
         if not folders:
             return adopt(fetch(place, Path(results_dir) / "downloads", sha256, tell=tell), results_dir)
         found = folders[0]
@@ -47,10 +45,10 @@ def find_run(
         folders = [folder for where in wheres for folder in _runs_in(where, tell)]
         if not folders:
             return None
-        found = max(folders, key=lambda folder: (folder / "run.json").stat().st_mtime)
+        found = max(folders, key=lambda folder: (folder / RECORD).stat().st_mtime)
     here = Path(results_dir) / found.name
     if mirror_dir and found.resolve().parent in (here.resolve().parent, Path(mirror_dir).resolve()):
-        identity = read_record(found).get("identity")
+        identity = read_record(found).identity
         check_same_run(here, identity)
         Mirror(here, mirror_dir, identity).restore(tell)
         return Run(here)
@@ -60,13 +58,13 @@ def find_run(
 def _runs_in(where: Path, tell: Callable[[str], None]) -> list[Path]:
     """Folders with runs that can go on: those that have checkpoints, and a record that can be read."""
     found = []
-    for path in where.glob("*/run.json"):
+    for path in where.glob(f"*/{RECORD}"):
         try:
             read_record(path.parent)
         except NewLLMError as error:
             tell(f"left out: {error}")
             continue
-        if any((path.parent / "checkpoints").glob("*.pt")):
+        if any((path.parent / CHECKPOINTS).glob("*.pt")):
             found.append(path.parent)
     return found
 
@@ -89,8 +87,8 @@ def gather(
     found: dict[tuple, Run] = {}
 
     def add(run: Run) -> None:
-        key = run.folder.name, run.record.get("identity") or run.folder.resolve()
-        if key not in found or run.record.get("step", 0) > found[key].record.get("step", 0):
+        key = run.folder.name, run.record.identity or run.folder.resolve()
+        if key not in found or (run.record.step or 0) > (found[key].record.step or 0):
             found[key] = run
 
     for place in places:
@@ -116,7 +114,7 @@ def gather(
 @file_errors()
 def _run_at(path: Path, results_dir: str | Path, report: Callable[[str], None]) -> Run | None:
     """The run of a folder or a bundle, None where the path is neither."""
-    if (path / "run.json").is_file():
+    if holds_run(path):
         return Run(path)
     if path.suffix == ".zip" and path.is_file():
         return _opened(path, results_dir, report)
@@ -134,7 +132,7 @@ def _opened(path: Path, results_dir: str | Path, report: Callable[[str], None]) 
     with contextlib.suppress(NewLLMError):  # no run, or one that cannot be read: it stays as it is
         here = Run(Path(results_dir) / folder_name(sent["run"], path))
         sent_step, step = (record.get("step") or 0 for record in (sent, here.record))
-        if here.record.get("identity") == sent.get("identity") and step >= sent_step:
+        if here.record.identity == sent.get("identity") and step >= sent_step:
             report(f"{path}: holds step {sent_step:,} of {here.folder}, which is at {step:,}: left out")
             return here
     for number in itertools.count(2):

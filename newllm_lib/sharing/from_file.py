@@ -13,16 +13,15 @@ from newllm_lib.config.portable import last_part, received_config
 from newllm_lib.errors import BundleError, CheckpointError, FileMissingError, FileTakenError, NewLLMError
 from newllm_lib.model.pretrained import export_model
 from newllm_lib.reporting.diagnostics import best_row
-from newllm_lib.reporting.record import read_record, write_history, write_record
+from newllm_lib.reporting.record import MODEL, RECORD, RunRecord, read_record, write_history, write_record
+from newllm_lib.runs.folder import decided_in
 from newllm_lib.runs.run import Run, load_model
 from newllm_lib.sharing.bundle import MANIFEST, ZIP_ERRORS, folder_name, open_bundle
 from newllm_lib.sharing.legacy import read_old
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors, make_folder, sha256_of
-from newllm_lib.system.hardware import detect, environment
+from newllm_lib.system.hardware import environment
 from newllm_lib.training.checkpoint import Checkpoints, check_payload, copy_checkpoint, load_checkpoint, valid_step
-
-_OF_THE_OTHER_MACHINE = ("device", "device_name", "capability", "threads", "usable_memory_bytes")
 
 
 @file_errors()
@@ -45,7 +44,7 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
         return _place(path, payload, results / folder_name(name or payload["run"], path))
     with tempfile.TemporaryDirectory(prefix=".adopting-", dir=results) as scratch:
         opened = open_bundle(path, scratch)
-        found = Checkpoints(opened.folder / "checkpoints", opened.folder.name).newest_valid(warn_on_stderr)
+        found = Checkpoints.of(opened.folder).newest_valid(warn_on_stderr)
         if found is None:
             raise BundleError(
                 f"{path}: holds no checkpoint, so its run cannot be continued: it needs a bundle that was made with "
@@ -90,16 +89,17 @@ def _place(source: Path, payload: dict[str, Any], folder: Path, opened: Run | No
 
     opened: the bundle that it came in, which has a model too.
     """
-    checkpoints, state = Checkpoints(folder / "checkpoints", folder.name), payload["state"]
+    checkpoints, state = Checkpoints.of(folder), payload["state"]
     check_same_run(folder, payload["identity"])
-    record = read_record(folder) if (folder / "run.json").exists() else None
+    record = read_record(folder) if (folder / RECORD).exists() else None
     if max(map(valid_step, checkpoints.files()), default=-1) < state["step"]:
         is_best = state["best_step"] == state["step"]
         entry = {"sha256": sha256_of(source), "step": state["step"], "bytes": source.stat().st_size}
         copy_checkpoint(source, checkpoints.best if is_best else checkpoints.step(state["step"]), entry)
         model_step = _place_model(source, state, checkpoints, opened) if state["history"] else None
-        now = {"status": "interrupted", "step": state["step"], "best": best_row(state["history"])}
-        record = (record or _record(payload, folder)) | now | {"model_step": model_step}
+        record = record or _record(payload, folder)
+        record.status, record.step, record.best = "interrupted", state["step"], best_row(state["history"])
+        record.model_step = model_step
     elif record is None:
         record = _record(payload, folder)
     else:
@@ -111,13 +111,13 @@ def _place(source: Path, payload: dict[str, Any], folder: Path, opened: Run | No
 
 def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, opened: Run | None) -> int | None:
     """Put the best weights into model/, or the checkpoint's own where there are no others; then their step."""
-    target = checkpoints.folder.parent / "model"
+    target = checkpoints.folder.parent / MODEL
     if valid_step(checkpoints.best) == state["best_step"]:
         source, opened = checkpoints.best, None
     if opened:
         with file_errors(target, f"cannot write {target}"):
-            shutil.copytree(opened.folder / "model", target, dirs_exist_ok=True)
-        return opened.record.get("model_step")
+            shutil.copytree(opened.folder / MODEL, target, dirs_exist_ok=True)
+        return opened.record.model_step
     loaded = load_model(source)
     export_model(target, loaded.model, loaded.tokenizer)
     if source == checkpoints.best:
@@ -131,10 +131,10 @@ def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, 
 
 def check_same_run(folder: Path, identity: str) -> None:
     """FileTakenError where a folder holds another run than that of an identity."""
-    if (folder / "run.json").exists():
-        found = read_record(folder).get("identity")
+    if (folder / RECORD).exists():
+        found = read_record(folder).identity
     else:
-        newest = Checkpoints(folder / "checkpoints", folder.name).newest_valid(warn_on_stderr)
+        newest = Checkpoints.of(folder).newest_valid(warn_on_stderr)
         found = newest[1].get("identity") if newest else identity
     if found != identity:
         raise FileTakenError(
@@ -142,36 +142,35 @@ def check_same_run(folder: Path, identity: str) -> None:
         )
 
 
-def _record(payload: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """run.json as far as a checkpoint tells; the rest is None until the run goes on."""
+def _record(payload: dict[str, Any], folder: Path) -> RunRecord:
+    """run.json as far as a checkpoint tells; the rest is None until the run continues."""
     here = {"name": folder.name, "results_dir": str(folder.parent)}
     config = RunConfig.from_dict(received_config(payload["config"]) | here)
-    decided = {"batch_size": config.train.batch_size} | ({"precision": "fp16"} if payload["scaler"] else {})
     state = payload["state"]
-    return {
-        "run": folder.name,
-        "preset": config.preset,
-        "status": "interrupted",
-        "identity": payload["identity"],
-        "parameters": config.model.num_parameters,
-        "published_protocol": False,
-        "faithful": None,
-        "faithful_reason": None,
-        "decided": decided,
-        "plan": [],
-        "decay_steps": state["decay_steps"],
-        "data": {"name": _name_of_data(config), "fingerprint": payload["data_fingerprint"]},
-        "validation": {"tokens": None, "unknown_share": None, "digest": None},
-        "peak_memory_meaning": "on the machine that it was trained on",
-        "environment": environment(detect("cpu")) | dict.fromkeys(_OF_THE_OTHER_MACHINE),
-        "config": config.to_dict(),
-        "requested": received_config(payload.get("requested", payload["config"])) | here,
-        "commands": [],
-        "samples": [],
-        "step": state["step"],
-        "total_steps": None,
-        "best": best_row(state["history"]),
-    }
+    return RunRecord(
+        run=folder.name,
+        preset=config.preset,
+        status="interrupted",
+        identity=payload["identity"],
+        parameters=config.model.num_parameters,
+        published_protocol=False,
+        faithful=None,
+        faithful_reason=None,
+        decided=decided_in(payload | {"config": config.to_dict()}),
+        plan=[],
+        decay_steps=state["decay_steps"],
+        data={"name": _name_of_data(config), "fingerprint": payload["data_fingerprint"]},
+        validation={"tokens": None, "unknown_share": None, "digest": None},
+        peak_memory_meaning="on the machine that it was trained on",
+        environment=environment(None),
+        config=config.to_dict(),
+        requested=received_config(payload.get("requested", payload["config"])) | here,
+        commands=[],
+        samples=[],
+        step=state["step"],
+        total_steps=None,
+        best=best_row(state["history"]),
+    )
 
 
 def _name_of_data(config: RunConfig) -> str:

@@ -11,7 +11,7 @@ from newllm_lib import runs
 from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.errors import ConfigError, RunError, TrainingError
 from newllm_lib.reporting.progress import Progress
-from newllm_lib.reporting.record import read_record
+from newllm_lib.reporting.record import holds_run, read_record
 from newllm_lib.system.files import file_errors, make_folder, read_json, write_text_atomic
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.trainer import Trainer
@@ -81,7 +81,7 @@ def _claimed(place: Path) -> dict[str, Any]:
 
 def check_length(folder: Path, total_steps: int) -> None:
     """RunError where a run has more steps than its study plans: its figures would come from more training."""
-    step = read_record(folder).get("step") if (folder / "run.json").is_file() else None
+    step = read_record(folder).step if holds_run(folder) else None
     if step is not None and step > total_steps:
         raise RunError(
             f"{folder}: has trained {step:,} steps, and this study plans {total_steps:,}: it was continued on its own, "
@@ -113,7 +113,7 @@ def train_member(
         except KeyboardInterrupt as error:  # for the second time, or before the first step
             raise StudyInterrupted(interrupted) from error
         else:
-            if run.record["status"] == "interrupted":
+            if run.record.status == "interrupted":
                 raise StudyInterrupted(interrupted)
     check_length(folder, total_steps)  # again: a copy or a checkpoint may have been further than its record
     return runs.load(folder)
@@ -122,13 +122,13 @@ def train_member(
 def has_ended(config: RunConfig, fingerprint: str) -> bool:
     """Whether the folder holds this very run, to its planned end or broken down."""
     folder = Path(config.results_dir) / config.name
-    if not (folder / "run.json").is_file():
+    if not holds_run(folder):
         return False
     record, train = read_record(folder), config.train
-    planned = record["config"]["train"]
-    same = record.get("identity") == config.identity(fingerprint)
+    planned = record.config["train"]
+    same = record.identity == config.identity(fingerprint)
     same_plan = all(planned[name] == getattr(train, name) for name in ("epochs", "max_steps", "patience"))
-    ended = record["status"] in ("finished", "stopped early") or failure_of(folder) is not None
+    ended = record.status in ("finished", "stopped early") or failure_of(folder) is not None
     return same and same_plan and ended
 
 

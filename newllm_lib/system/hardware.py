@@ -172,8 +172,8 @@ def _ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def environment(machine: Machine) -> dict[str, Any]:
-    """What a reader needs to repeat a run: versions, commit, device, memory."""
+def environment(machine: Machine | None) -> dict[str, Any]:
+    """What a reader needs to repeat a run: versions, commit, device, memory; None = the run is of another machine."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "datasets", "newllm_lib"):
         try:
@@ -184,11 +184,11 @@ def environment(machine: Machine) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
         "platform": platform.platform(),
-        "device": machine.device,
-        "device_name": machine.name,
-        "capability": machine.capability,
-        "threads": machine.threads,
-        "usable_memory_bytes": machine.memory_bytes,
+        "device": machine and machine.device,
+        "device_name": machine and machine.name,
+        "capability": machine and machine.capability,
+        "threads": machine and machine.threads,
+        "usable_memory_bytes": machine and machine.memory_bytes,
     }
 
 

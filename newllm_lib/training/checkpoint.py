@@ -31,6 +31,7 @@ from newllm_lib.errors import (
 )
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model, load_exported, load_weights  # noqa: F401, nl.checkpoint has them
+from newllm_lib.reporting.record import CHECKPOINTS
 from newllm_lib.system.files import copy_atomic, make_folder, read_json, sha256_of, write_atomic, write_text_atomic
 
 FORMAT_VERSION = 1
@@ -43,6 +44,11 @@ class Checkpoints:
 
     folder: Path
     run: str
+
+    @classmethod
+    def of(cls, run_folder: Path, run: str | None = None) -> Checkpoints:
+        """Those in a run's folder; run: the name that theirs contain (None = the folder's)."""
+        return cls(run_folder / CHECKPOINTS, run or run_folder.name)
 
     @property
     def best(self) -> Path:

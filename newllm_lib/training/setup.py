@@ -35,6 +35,16 @@ class Setup:
     """Why this batch, or why in these pieces, where it was not simply asked for."""
 
     @property
+    def decided(self) -> dict[str, Any]:
+        """What a later part of the run keeps: run.json has it under this name, and `make_setup` takes it."""
+        return {
+            "batch_size": self.config.train.batch_size,
+            "micro_batch_size": self.config.train.micro_batch_size,
+            "precision": self.precision.name,
+            "engine": self.engine.name,
+        }
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the last one possibly smaller."""
         return batches_per_epoch(self.train_split, self.config.train.batch_size)
@@ -48,9 +58,10 @@ class Setup:
 def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepared: Prepared | None = None) -> Setup:
     """Read the data (if they are not `prepared` yet, for a run of the same text) and decide what is left open.
 
-    `decided` holds what an earlier part of the same run recorded (batch_size, micro_batch_size, precision, engine); it
-    is kept, so that a run goes on as it began. A batch that a policy is yet to find starts as the recipe's, or the
-    machine's. ConfigError when the configuration does not fit the data or the machine.
+    `decided` holds what an earlier part of the same run recorded, as `Setup.decided` gives it; it is kept, so that a
+    run continues as it began. Nothing is measured or searched here: a batch that a policy has yet to find starts as
+    the recipe's, or the machine's (`runs.folder.resolve_run` asks `tuning`). ConfigError when the configuration does
+    not fit the data or the machine.
     """
     decided = decided or {}
     requested, train = config, config.train

@@ -586,7 +586,7 @@ def test_whatever_goes_wrong_is_shown_and_does_not_stop_the_notebook(tiny, monke
     def broken(*_args, **_kwargs):
         raise RuntimeError("the <roof> fell in")
 
-    monkeypatch.setattr(panel_plan, "make_setup", broken)
+    monkeypatch.setattr(panel_plan, "resolve_run", broken)
     assert "refused: RuntimeError: the <roof> fell in" in repr(tiny)
     assert refused(tiny) == "RuntimeError: the <roof> fell in"
 

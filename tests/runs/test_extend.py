@@ -8,7 +8,7 @@ from tiny import tiny_config, write_text
 
 import newllm_lib as nl
 from newllm_lib.reporting.progress import Progress
-from newllm_lib.runs import launch
+from newllm_lib.runs import folder as run_folders
 from newllm_lib.training import setup as setups
 from newllm_lib.training.setup import with_batch
 
@@ -184,7 +184,7 @@ def test_epochs_are_counted_with_the_batch_that_the_run_has(text, tmp_path, monk
         found = "batch_size" in decided or setup.requested.train.batch_policy == "recipe"
         return setup if found else with_batch(setup, 4)
 
-    monkeypatch.setattr(launch, "settle_batch", settled)
+    monkeypatch.setattr(run_folders, "settle_batch", settled)
     monkeypatch.setattr(setups, "default_batch_size", lambda machine: 4)
     run = trained(text, tmp_path, lr_schedule="cosine", **asked)
     assert run.config.train.batch_size == 4

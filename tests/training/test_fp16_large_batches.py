@@ -1,6 +1,8 @@
 """Large batches in FP16: skipped steps are few, and the loss scale settles where the gradients do not underflow.
 
-Run as a script it prints the table that results/LOG.md quotes: python tests/training/test_fp16_large_batches.py [WIDTH [BATCH]]
+Run as a script it prints the table that results/LOG.md quotes:
+
+    python tests/training/test_fp16_large_batches.py [WIDTH [BATCH ...]]
 """
 
 import sys

@@ -4,6 +4,7 @@ import pytest
 from tiny import tiny_config, tiny_setup, tiny_trainer, write_text
 
 from newllm_lib.config import presets
+from newllm_lib.reporting.record import RunRecord
 from newllm_lib.runs import recorder
 from newllm_lib.runs.recorder import Recorder
 from newllm_lib.system.hardware import Machine, Precision
@@ -121,9 +122,9 @@ def test_a_run_is_not_faithful_once_a_part_of_it_was_not(text, tmp_path, monkeyp
     monkeypatch.setattr(recorder, "unfaithful_reason", lambda setup: None)
     trainer = tiny_trainer(tiny_setup(text, preset="cpu_baseline"), tmp_path)
     for earlier, expected in (
-        ({}, (True, None)),
-        ({"faithful": True, "faithful_reason": None}, (True, None)),
-        ({"faithful": False, "faithful_reason": "fp16 is not native"}, (False, "fp16 is not native")),
+        (RunRecord(), (True, None)),
+        (RunRecord(faithful=True, faithful_reason=None), (True, None)),
+        (RunRecord(faithful=False, faithful_reason="fp16 is not native"), (False, "fp16 is not native")),
     ):
         record = Recorder(trainer, tmp_path, earlier).record
         assert (record["faithful"], record["faithful_reason"]) == expected

@@ -18,12 +18,12 @@ from newllm_lib.model.pretrained import export_model
 from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting import curves, report
 from newllm_lib.reporting.diagnostics import best_row
-from newllm_lib.reporting.record import write_history, write_record
-from newllm_lib.runs.recorder import SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES, command
+from newllm_lib.reporting.record import MODEL, RunRecord, write_history, write_record
+from newllm_lib.runs.recorder import SAMPLE_TOKENS, command, data_facts, sample_prompts, validation_facts
 from newllm_lib.sharing.legacy.old_checkpoint import SHAPE_ATTRIBUTES, History, OldFile, Recipe, read_history, read_old
 from newllm_lib.sharing.legacy.safe_unpickle import Record
 from newllm_lib.system.files import file_errors
-from newllm_lib.system.hardware import detect, environment
+from newllm_lib.system.hardware import environment
 
 SCORE_TOLERANCE = 0.05
 """Share by which a perplexity here may differ from the history's before the text is doubted: the weighting of batches
@@ -63,10 +63,10 @@ def import_run(
     model = old.model()
     scores = _score(model, prepared) if evaluate else None
     record = _record(old, recipe, config, prepared, history, scores)
-    record["samples"] = _samples(model, prepared)
+    record.samples = _samples(model, prepared)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        export_model(temporary / "model", model, prepared.tokenizer)
+        export_model(temporary / MODEL, model, prepared.tokenizer)
         write_record(temporary, record)
         write_history(temporary, history.rows)
         if history.rows:
@@ -114,9 +114,7 @@ def _score(model: NewLLM, prepared: Prepared) -> Metrics:
 
 def _samples(model: NewLLM, prepared: Prepared) -> list[str]:
     """Texts after the first words (bold) of long validation texts, as the report of any run has them."""
-    texts = prepared.texts["validation"]
-    longest = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[:SAMPLES]
-    prompts = [prepared.tokenizer.decode(texts[index][:SAMPLE_PROMPT_TOKENS]) for index in longest]
+    prompts = [prepared.tokenizer.decode(ids) for ids in sample_prompts(prepared)]
     written = generate_texts(model, prepared.tokenizer, prompts, seed=0, max_new_tokens=SAMPLE_TOKENS)
     return [f"**{sample.prompt}**{sample.text}" for sample in written]
 
@@ -126,42 +124,31 @@ def _samples(model: NewLLM, prepared: Prepared) -> list[str]:
 
 def _record(
     old: OldFile, recipe: Recipe, config: RunConfig, prepared: Prepared, history: History, scores: Metrics | None
-) -> dict[str, Any]:
+) -> RunRecord:
     """run.json: what is known, and under "imported" what the file says; what is not known is None."""
     train, validation = prepared.split("train"), prepared.split("validation")
     doubted = scores is not None and _distance(scores, history) > SCORE_TOLERANCE
-    machine = environment(detect("cpu"))
-    of_the_run = ("device", "device_name", "capability", "threads", "usable_memory_bytes")
-    return {
-        "run": config.name,
-        "preset": config.preset,
-        "status": "imported",
-        "identity": None,
-        "parameters": config.model.num_parameters,
-        "published_protocol": validation.digest == published.VALIDATION_DIGEST and not doubted,
-        "faithful": None,
-        "faithful_reason": None,
-        "decided": {},
-        "commands": [command().replace("newllm_lib.train(", "newllm_lib.import_run(")],
-        "plan": _lines(old, recipe, config, prepared, history, scores),
-        "data": {
-            "name": prepared.corpus_name,
-            "fingerprint": prepared.fingerprint,
-            "training_sequences": len(train.ids),
-            "training_tokens": train.num_tokens,
-        },
-        "validation": {
-            "tokens": validation.num_tokens,
-            "unknown_share": validation.unknown_share,
-            "digest": None if doubted else validation.digest,
-        },
-        "peak_memory_meaning": "unknown",
-        "environment": machine | dict.fromkeys(of_the_run),  # this machine has imported the run, not trained it
-        "config": config.to_dict(),
-        "step": None,
-        "total_steps": None,
-        "best": best_row(history.rows),
-        "imported": {
+    return RunRecord(
+        run=config.name,
+        preset=config.preset,
+        status="imported",
+        identity=None,
+        parameters=config.model.num_parameters,
+        published_protocol=validation.digest == published.VALIDATION_DIGEST and not doubted,
+        faithful=None,
+        faithful_reason=None,
+        decided={},
+        commands=[command().replace("newllm_lib.train(", "newllm_lib.import_run(")],
+        plan=_lines(old, recipe, config, prepared, history, scores),
+        data=data_facts(prepared, train),
+        validation=validation_facts(validation) | ({"digest": None} if doubted else {}),
+        peak_memory_meaning="unknown",
+        environment=environment(None),  # this machine has imported the run, not trained it
+        config=config.to_dict(),
+        step=None,
+        total_steps=None,
+        best=best_row(history.rows),
+        imported={
             "file": old.path.name,
             "sha256": old.sha256,
             "config_class": old.config_class,
@@ -172,7 +159,7 @@ def _record(
             "notes": history.notes,
             "scores": scores.to_dict() if scores else None,
         },
-    }
+    )
 
 
 def unknown_settings(recipe: Recipe) -> list[str]:
