@@ -14,7 +14,7 @@ from newllm_lib.config import SPECIAL_TOKENS, UNK
 @click.command()
 @click.argument("run")
 @click.option("--data", multiple=True, help="Other text than the run's own (as for train).")
-@click.option("--split", default="validation", show_default=True, help="train, validation or test.")
+@click.option("--split", default="validation", show_default=True, help="train, validation, test, or all of the text.")
 @click.option(
     "--precision",
     default="fp32",
@@ -32,7 +32,8 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
     if as_json:
         echo_json(metrics.to_dict())
         return
-    echo(f"{run}, {split} split: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
+    text = "whole text" if split == "all" else f"{split} split"
+    echo(f"{run}, {text}: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
     known = ("", "", "")
     if metrics.bits_per_byte is None:
         values = (f"{metrics.perplexity_known:10.3f}", f"{metrics.loss_known:10.4f}", f"{metrics.accuracy_known:10.2%}")

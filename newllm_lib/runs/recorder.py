@@ -94,7 +94,7 @@ class Recorder:
     def validated(self, best: bool) -> None:
         """After each validation: the weights if they are the best, then the tables."""
         if best:
-            export_model(self.folder / "model", self.trainer.model, self.trainer.setup.prepared.tokenizer)
+            self._export(self.trainer.model)
             self.record["model_step"] = None
         write_history(self.folder, self.trainer.state.history)
         self._write_record("running")
@@ -124,7 +124,11 @@ class Recorder:
             return  # a best one of before: the run came from a file that did not have a later one
         model = NewLLM(self.trainer.setup.config.model)
         model.load_state_dict(payload["model"])
-        export_model(self.folder / "model", model, self.trainer.setup.prepared.tokenizer)
+        self._export(model)
+
+    def _export(self, model: NewLLM) -> None:
+        setup = self.trainer.setup
+        export_model(self.folder / "model", model, setup.prepared.tokenizer, protocol=setup.config.data)
 
     def _write_record(self, status: str) -> None:
         state, setup = self.trainer.state, self.trainer.setup

@@ -50,7 +50,7 @@ _CHUNK = 1 << 20
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member, so that the same run gives the same file."""
 _REQUIRED = ("run.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json")
-_OPTIONAL = ("history.csv", "curves.png", "report.md", "model/README.md")
+_OPTIONAL = ("history.csv", "curves.png", "report.md", "model/README.md", "model/data.json")
 
 
 @file_errors()
@@ -276,8 +276,8 @@ def _already_there(folder: Path, manifest: dict[str, Any], sent: dict[str, Any])
     """
     for name, entry in manifest["files"].items():
         found = folder / name
-        if name == "model/README.md" and not found.is_file():
-            continue  # made for the bundle
+        if name in ("model/README.md", "model/data.json") and not found.is_file():
+            continue  # made for the bundle, or by a later version of this library
         same = found.is_file() and hashlib.sha256(found.read_bytes()).hexdigest() == entry["sha256"]
         if name == "run.json" and found.is_file() and not same:
             same = portable(read_record(folder)) == portable(sent)

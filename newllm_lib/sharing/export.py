@@ -30,7 +30,7 @@ def export(what: Run | str | Path, folder: str | Path, *, half: bool = False) ->
     loaded = load_model(place)
     if half:
         _check_half(loaded.model)
-    export_model(folder, loaded.model, loaded.tokenizer, torch.float16 if half else None)
+    export_model(folder, loaded.model, loaded.tokenizer, torch.float16 if half else None, loaded.protocol)
     write_text_atomic(folder / "README.md", loaded.model.card or model_card(None, loaded.model.config))
     return folder
 

@@ -119,7 +119,7 @@ def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, 
             shutil.copytree(opened.folder / "model", target, dirs_exist_ok=True)
         return opened.record.get("model_step")
     loaded = load_model(source)
-    export_model(target, loaded.model, loaded.tokenizer)
+    export_model(target, loaded.model, loaded.tokenizer, protocol=loaded.protocol)
     if source == checkpoints.best:
         return None
     warn_on_stderr(

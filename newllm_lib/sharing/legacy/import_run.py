@@ -66,7 +66,7 @@ def import_run(
     record["samples"] = _samples(model, prepared)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        export_model(temporary / "model", model, prepared.tokenizer)
+        export_model(temporary / "model", model, prepared.tokenizer, protocol=prepared.config.data)
         write_record(temporary, record)
         write_history(temporary, history.rows)
         if history.rows:
