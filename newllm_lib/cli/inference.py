@@ -9,6 +9,7 @@ import click
 
 from newllm_lib.cli.output import echo, echo_exact, echo_json
 from newllm_lib.config import SPECIAL_TOKENS, UNK
+from newllm_lib.data.encodings import decoded
 
 
 @click.command()
@@ -48,7 +49,7 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
 @click.command()
 @click.argument("run")
 @click.option("--prompt", "prompts", multiple=True, help="Text to go on from; repeat for several (none: a new text).")
-@click.option("--prompts", "file", type=click.File(encoding="utf-8"), help="File with a prompt a line (- = stdin).")
+@click.option("--prompts", "file", type=click.File("rb"), help="UTF-8 file with a prompt a line (- = stdin).")
 @click.option("--tokens", "max_new_tokens", default=60, show_default=True, help="Most new tokens.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=0, show_default=True, help="Draw from this many of the likeliest tokens (0 = all).")
@@ -62,14 +63,14 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
 def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **options: Any) -> None:
     """Write text with RUN: a run's folder, a model folder, or a checkpoint file."""
     from newllm_lib import runs
-    from newllm_lib.generation import Writer
+    from newllm_lib.generation import Writer, seeded_generator
 
     model, tokenizer, *_ = runs.load_model(run)
     seed, samples, as_json = options.pop("seed"), options.pop("samples"), options.pop("as_json")
     if interactive:
         if prompts or file or as_json or samples > 1:
             raise click.UsageError("--interactive takes its prompts from the keyboard, one text at a time")
-        _converse(Writer(model, tokenizer), tokenizer, _generator(seed), options)
+        _converse(Writer(model, tokenizer), tokenizer, seeded_generator(model, seed), options)
         return
     if file:
         prompts += _lines(file)
@@ -91,10 +92,13 @@ def _surrogates(text: str) -> bool:
 
 
 def _lines(file) -> tuple[str, ...]:
-    try:
-        return tuple(line.rstrip("\n") for line in file)
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--prompts {file.name}: not UTF-8 ({error})") from error
+    """The prompts of a file: its lines, without the blank ones at its end, which an editor may have left."""
+    name = getattr(file, "name", "-")
+    text = decoded(file.read(), f"--prompts {name}", name).replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return tuple(lines)
 
 
 _BATCH = 256
@@ -132,12 +136,6 @@ def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
         except KeyboardInterrupt:
             echo(" (stopped)", nl=False, err=True)
         echo()
-
-
-def _generator(seed: int | None):
-    import torch
-
-    return None if seed is None else torch.Generator().manual_seed(seed)
 
 
 def _warn_unknown(tokenizer, prompts: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from newllm_lib.config import UNK, RunConfig
+from newllm_lib.config.places import user_path
 from newllm_lib.data.corpus import ALL, Corpus, load_corpus
 from newllm_lib.data.sequences import EncodedTexts, stream, target_lengths, used_share, windows
 from newllm_lib.data.tokenizer import Tokenizer, tokenizer_from_dict, train_tokenizer
@@ -207,9 +209,16 @@ def _encode_cached(
 
 
 def cache_folder() -> Path:
-    """Where encoded text is kept: $NEWLLM_CACHE, or newllm_lib in the user's cache folder. Safe to delete."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NEWLLM_CACHE") or Path(base) / "newllm_lib")
+    """Where encoded text is kept: $NEWLLM_CACHE, or newllm_lib in the user's cache folder. Safe to delete.
+
+    A user without a home has it in the folder of temporary files.
+    """
+    if chosen := os.environ.get("NEWLLM_CACHE"):
+        return user_path(chosen)
+    base = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if base.is_absolute():
+        return base / "newllm_lib"
+    return Path(tempfile.gettempdir(), f"newllm_lib-{os.getuid()}")  # a user without a home, as in many containers
 
 
 def _read_cache(path: Path) -> tuple[Tokenizer, dict[str, EncodedTexts]]:

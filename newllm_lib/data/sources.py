@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from newllm_lib.config.configs import NAMED_TEXTS
-from newllm_lib.config.places import expanded
 from newllm_lib.errors import ConfigError, DataError, FileMissingError
 
 
@@ -38,7 +37,7 @@ def refuse_dangling(path: Path) -> None:
 
 
 def _files_of(source: str) -> list[Path]:
-    path = Path(expanded(source))
+    path = Path(source)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -49,7 +48,7 @@ def _files_of(source: str) -> list[Path]:
             f"data {source}: is a pipe or a device, which can be read once only, and a run that continues reads its "
             "text again; write the text to a file first"
         )
-    matches = [Path(name) for name in _matches(expanded(source))]
+    matches = [Path(name) for name in _matches(source)]
     found = sorted(match for match in matches if match.is_file())
     if not found:
         for match in matches:

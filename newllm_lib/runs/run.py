@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from newllm_lib.config import DataConfig, RunConfig
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import received_config
 from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError, FileMissingError, NoModelError, RunError
@@ -32,7 +33,7 @@ class Run:
     """A run's folder, read when asked: `.history`, `.best`, `.model`, `.tokenizer`, `.config`, `.record`."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.record: dict[str, Any] = read_record(self.folder)
 
     def __repr__(self) -> str:
@@ -115,12 +116,12 @@ def load_model(place: str | Path) -> Loaded:
     loaded.model.companions = {TOKENIZER_FILE: tokenizer_text(loaded.tokenizer)}
     if loaded.protocol:
         loaded.model.companions[PROTOCOL_FILE] = protocol_text(loaded.protocol)
-    loaded.model.card = card_of(Path(place), loaded.model.config)
+    loaded.model.card = card_of(user_path(place), loaded.model.config)
     return loaded
 
 
 def _load_model(place: str | Path) -> Loaded:
-    path = Path(place)
+    path = user_path(place)
     if path.is_file():
         return _from_checkpoint(path)
     if (path / "model.safetensors").exists():

@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import portable, portable_config, received
 from newllm_lib.errors import BundleError, FileTakenError, NewLLMError, RunError
 from newllm_lib.model.pretrained import load_exported
@@ -61,8 +62,8 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     card and state are without this machine's paths. The file is replaced whole. FileMissingError, NoModelError or
     RunError when the run has no trained weights yet.
     """
-    run = Run((run.folder if isinstance(run, Run) else Path(run)).resolve())
-    out = Path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
+    run = Run((run.folder if isinstance(run, Run) else user_path(run)).resolve())
+    out = user_path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
     missing = [name for name in _REQUIRED if not (run.folder / name).is_file()]
     if missing:
         check_validated(run)
@@ -117,7 +118,7 @@ def archive(folder: str | Path) -> Path:
 
     RunError where there is no file to take.
     """
-    folder = Path(folder).resolve()
+    folder = user_path(folder).resolve()
     files = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
     if not files:
         raise RunError(f"{folder}: holds no files to take along")
@@ -151,7 +152,7 @@ def open_bundle(
     BundleError names what is wrong with the file; then nothing is left behind. FileTakenError where the folder is
     there already with other content.
     """
-    path, results = Path(path), Path(results_dir)
+    path, results = user_path(path), user_path(results_dir)
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(archive, path, max_bytes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import RunConfig
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import last_part, received_config
 from newllm_lib.errors import BundleError, CheckpointError, FileMissingError, FileTakenError, NewLLMError
 from newllm_lib.model.pretrained import export_model
@@ -36,7 +37,7 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
     CheckpointError or BundleError when the file cannot be continued; FileTakenError where the folder holds another
     run. Then nothing is changed.
     """
-    path, results = Path(path), Path(results_dir)
+    path, results = user_path(path), user_path(results_dir)
     if not path.is_file():
         raise FileMissingError(f"{path}: no such file")
     make_folder(results)

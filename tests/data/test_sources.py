@@ -99,4 +99,5 @@ def test_a_pipe_is_refused_in_words(tmp_path):
 def test_a_tilde_is_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "texts" / "a.txt")
-    assert real_files(["~/texts/a.txt"]) == real_files(["~/texts/*.txt"]) == ([tmp_path / "texts" / "a.txt"], 0)
+    expected = load_corpus(DataConfig(data=tmp_path / "texts" / "a.txt"))
+    assert load_corpus(DataConfig(data="~/texts/a.txt")) == load_corpus(DataConfig(data="~/texts/*.txt")) == expected
