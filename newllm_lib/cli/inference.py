@@ -44,6 +44,9 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
     echo(f"  accuracy     {metrics.accuracy:10.2%}{known[2]}")
     if metrics.bits_per_byte is not None:
         echo(f"  bits a byte  {metrics.bits_per_byte:10.4f}   word-level perplexity {metrics.word_perplexity:.4g}")
+    if metrics.bits_per_byte_known is not None:
+        share = f"{metrics.unknown_bytes_share:.1%} of the bytes"
+        echo(f"               {metrics.bits_per_byte_known:10.4f}   without the pieces that spell <unk> ({share})")
 
 
 @click.command()

@@ -10,16 +10,18 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from newllm_lib.config import UNK, RunConfig
+from newllm_lib.config import SPECIAL_TOKENS, UNK, RunConfig
 from newllm_lib.config.places import user_path
 from newllm_lib.data.corpus import ALL, Corpus, load_corpus
 from newllm_lib.data.sequences import EncodedTexts, stream, target_lengths, used_share, windows
+from newllm_lib.data.spelling import spelling
 from newllm_lib.data.tokenizer import Tokenizer, tokenizer_from_dict, train_tokenizer
 from newllm_lib.errors import ConfigError, DataError
 from newllm_lib.system.files import write_atomic
@@ -38,6 +40,16 @@ class Split:
     """(V,) int64: UTF-8 bytes of each id; None where the tokenizer loses text."""
     bytes_per_word: float = math.nan
     """Of the texts, white space between words included."""
+    find_unknown: Callable[[], np.ndarray | None] = lambda: None
+    """What `spelled_unknown` is found by, once it is asked for."""
+
+    @cached_property
+    def spelled_unknown(self) -> np.ndarray | None:
+        """(like ids) bool: the ids that spell a literal `<unk>`, with what else is in their pieces; None without one.
+
+        Prepared corpora have it in place of rare words. For a tokenizer of words it is the unknown id.
+        """
+        return self.find_unknown()
 
     @property
     def digest(self) -> str:
@@ -58,6 +70,10 @@ class Split:
     def num_slots(self) -> int:
         """Predictions computed, padding included."""
         return self.ids[..., 1:].size
+
+
+_PLAIN = len(SPECIAL_TOKENS)
+"""A mark that no layout puts in by itself, in place of an id."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +100,26 @@ class Prepared:
     def split(self, name: str, lanes: int | None = None) -> Split:
         """The arrays of a split; `lanes` is the batch of a stream (None = that of the evaluation)."""
         data, texts = self.config.data, self._texts(name)
-        measures = self._measures(texts)
-        if data.layout == "stream":
-            return Split(stream(texts, data.sequence_length, lanes or data.eval_lanes), True, *measures)
-        ids = windows(texts, data.sequence_length, data.stride, data.min_words)
+
+        def laid_out(texts: EncodedTexts) -> np.ndarray:
+            if data.layout == "stream":
+                return stream(texts, data.sequence_length, lanes or data.eval_lanes)
+            return windows(texts, data.sequence_length, data.stride, data.min_words)
+
+        def find_unknown() -> np.ndarray | None:
+            spelled = spelling(texts, self.tokenizer, UNKNOWN_WORD)
+            marks = _PLAIN + spelled.astype(np.int32)
+            return laid_out(EncodedTexts(marks, texts.offsets, 0)) == _PLAIN + 1 if spelled.any() else None
+
+        ids = laid_out(texts)
         if not len(ids):
             raise DataError(
                 f"data {self.corpus_name}: no text of the {name} split has {data.min_words} words or more "
-                "(DataConfig.min_words)"
+                "(DataConfig.min_words)" + "".join(f"; {note}" for note in self.notes)
             )
-        return Split(ids, False, *measures)
+        lossless = self.tokenizer.token_bytes is not None
+        measures = self._measures(texts)
+        return Split(ids, data.layout == "stream", *measures, *([find_unknown] if lossless else []))
 
     @property
     def why_changed(self) -> str:
@@ -172,8 +198,8 @@ def _tokenizer_notes(corpus: Corpus, tokenizer: Tokenizer) -> tuple[str, ...]:
     if share < 0.001:
         return ()
     return (
-        f"{share:.1%} of the validation bytes are {UNKNOWN_WORD}, which stands for rare words in this text and is easy "
-        "to guess: bits per byte are given without it as well",
+        f"{share:.1%} of the validation bytes are {UNKNOWN_WORD} (the spaces before it not counted), which stands for "
+        "rare words in this text and is easy to guess: bits per byte are given without it as well",
     )
 
 

@@ -25,6 +25,7 @@ HISTORY_COLUMNS = (
     "val_ppl_known",
     "val_bits_per_byte",
     "val_word_ppl",
+    "val_bits_per_byte_known",
     "lr",
     "clip",
     "train_seconds",

@@ -248,6 +248,7 @@ class Trainer:
             "val_ppl_known": scores.perplexity_known,
             "val_bits_per_byte": scores.bits_per_byte,  # None for a tokenizer that loses text, as the next
             "val_word_ppl": scores.word_perplexity,
+            "val_bits_per_byte_known": scores.bits_per_byte_known,
             "lr": rate,
             "clip": clip,
             "train_seconds": round(state.train_seconds, 3),

@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pandas
 import pytest
@@ -100,7 +103,8 @@ def test_a_file_of_another_format_is_named_with_the_way_out(tmp_path, write, nam
 def run_way_out(message, tool, folder):
     command = re.search(rf"\b{tool} -.* > NEW\.txt", message)[0]
     if shutil.which(tool):
-        subprocess.run(command, shell=True, check=True, cwd=folder)
+        here = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        subprocess.run(command, shell=True, check=True, cwd=folder, env=here)
         assert (folder / "NEW.txt").read_text() == PLAIN
 
 
