@@ -149,8 +149,6 @@ def _from_folder(folder: Path, unit: str, scored: str | None) -> Corpus:
 
 
 def _missing_split(folder: Path, split: str, visible: list[Path], scored: bool) -> str:
-    for path in visible:
-        refuse_dangling(path)
     example = {"validation": "valid"}.get(split, split)
     there = ", ".join(path.name for path in visible[:8]) or "nothing"
     pattern = shell_word(f"{glob.escape(str(folder))}/*.txt")
@@ -167,9 +165,11 @@ def _missing_split(folder: Path, split: str, visible: list[Path], scored: bool) 
 
 def _split_of(path: Path) -> str | None:
     """The split that a file's name tells: train.txt, wiki.valid.tokens, validation.raw, ..."""
-    if path.suffix not in _SUFFIXES or not path.is_file():
-        return None
-    return next((_SPLIT_NAMES[part] for part in path.stem.lower().split(".") if part in _SPLIT_NAMES), None)
+    names = (_SPLIT_NAMES[part] for part in path.stem.lower().split(".") if part in _SPLIT_NAMES)
+    split = next(names, None) if path.suffix in _SUFFIXES else None
+    if split:
+        refuse_dangling(path)
+    return split if path.is_file() else None
 
 
 def _from_files(sources: tuple[str, ...], config: DataConfig, scored: str | None) -> Corpus:

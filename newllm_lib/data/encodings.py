@@ -75,7 +75,7 @@ def table_note(text: str, path: Path) -> str | None:
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -164,7 +164,7 @@ def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{best['val_word_ppl']:.4g}",
             "exp(sum of nll / words); for text with spaces between its words",
         ),
-        *([] if known is None else [("bits per byte, words known", f"{known:.4f}", without)]),
+        *([] if known is None else [("bits per byte, known", f"{known:.4f}", without)]),
     ]
 
 

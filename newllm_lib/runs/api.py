@@ -115,6 +115,8 @@ def evaluate(
             f"data {config.data.data}: the text has changed since the run was trained{prepared.why_changed}; to score "
             "it all the same, name it with data= (in the shell --data)"
         )
+    for note in prepared.notes if data else ():  # of the run's own text its plan has told
+        warn_on_stderr(note)
     machine = detect(str(loaded.model.output.weight.device))
     chosen = choose_precision(precision, machine)
     engine = choose_engine("auto", chosen, machine.device).run

@@ -87,6 +87,10 @@ def test_a_link_to_nothing_is_said_to_be_one(tmp_path):
         with pytest.raises(DataError, match=r"valid\.txt: is a link to gone\.txt, which is not there; mend or remove"):
             load_corpus(DataConfig(data=source))
     assert real_files([f"{tmp_path}/*.txt"]) == ([tmp_path / "train.txt"], 0)  # another file of a pattern will do
+    (tmp_path / "valid.txt").rename(tmp_path / "test.txt")
+    write(tmp_path / "valid.txt")
+    with pytest.raises(DataError, match=r"test\.txt: is a link to gone\.txt"):  # a split that is not needed as well
+        load_corpus(DataConfig(data=tmp_path))
 
 
 def test_a_pipe_is_refused_in_words(tmp_path):

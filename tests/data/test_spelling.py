@@ -88,8 +88,8 @@ def test_a_uniform_model_pays_for_every_other_target_alike(config, layout, batch
 def test_the_plan_tells_the_share(config):
     size = sum(len(text.encode()) for text in VALID)
     assert prepare(config).warnings == (
-        f"{5 * 5 / size:.1%} of the validation bytes are <unk> (the spaces before it not counted), which stands for rare "
-        "words in this text and is easy to guess: bits per byte are given without it as well",
+        f"{5 * 5 / size:.1%} of the validation bytes are <unk> (the spaces before it not counted), which stands for "
+        "rare words in this text and is easy to guess: bits per byte are given without it as well",
     )
 
 

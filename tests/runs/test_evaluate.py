@@ -86,7 +86,7 @@ def test_a_protocol_from_elsewhere_names_no_place_and_a_damaged_one_is_named(str
 # --- which text --------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_text_is_scored_however_it_comes(streamed, tmp_path):
+def test_a_whole_text_is_scored_however_it_comes(streamed, tmp_path, capsys):
     words, texts = Path("text/valid.txt").read_text(), tmp_path / "texts"
     texts.mkdir()
     (texts / "test.txt").write_text(words)
@@ -96,6 +96,10 @@ def test_a_whole_text_is_scored_however_it_comes(streamed, tmp_path):
         assert nl.evaluate("results/run", str(source), split=split) == expected
     (tmp_path / "short.txt").write_text("w1 w2 w3")
     assert nl.evaluate("results/run", str(tmp_path / "short.txt"), split="all").tokens == 4
+    (tmp_path / "table.csv").write_text("text\nw1 w2\n")
+    capsys.readouterr()
+    assert nl.evaluate("results/run", str(tmp_path / "table.csv"), split="all").tokens == 5
+    assert capsys.readouterr().err.startswith("warning: table.csv is a table (CSV), and is read as plain text")
     both = nl.evaluate("results/run", split="all").tokens
     assert both == nl.evaluate("results/run", split="train").tokens + expected.tokens
     with pytest.raises(DataError, match="too few for train, validation and test"):
