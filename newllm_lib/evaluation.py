@@ -40,6 +40,10 @@ class Metrics:
     """nll / ln 2 / UTF-8 bytes of the scored text, the ends of texts paid for; None where the tokenizer loses text."""
     word_perplexity: float | None
     """exp(nll / words), words being the scored bytes over the bytes a word of the split; None as above."""
+    bits_per_byte_known: float | None = None
+    """The same over the targets that spell no literal `<unk>`; None where the text has none, or as above."""
+    unknown_bytes_share: float | None = None
+    """Share of the scored bytes that are in the other targets, those that spell it."""
 
     def to_dict(self) -> dict[str, float | None]:
         """Field names and plain numbers."""
@@ -55,15 +59,21 @@ class MetricSums:
     def __init__(self, token_bytes: Tensor | None = None, bytes_per_word: float = math.nan):
         self._sums: Tensor | float = 0.0
         self._bytes: Tensor | float = 0.0
+        self._unknown: Tensor | float = 0.0  # nll and bytes of the targets that spell <unk>
         self._token_bytes, self._bytes_per_word = token_bytes, bytes_per_word
 
-    def add(self, nll: Tensor, correct: Tensor, targets: Tensor) -> None:
-        """Count nll (N,), correct (N,) and the real targets (N,) they belong to."""
+    def add(self, nll: Tensor, correct: Tensor, targets: Tensor, spelled: Tensor | None = None) -> None:
+        """Count nll (N,), correct (N,) and the real targets (N,) they belong to; spelled (N,): which spell `<unk>`."""
         known = targets != UNK
         rows = torch.stack([nll.double(), correct.double(), torch.ones_like(nll, dtype=torch.float64)])
         sums = self._sums + torch.cat([rows.sum(1), (rows * known).sum(1)])
         size = self._bytes if self._token_bytes is None else self._bytes + self._token_bytes[targets].sum()
-        self._sums, self._bytes = sums, size  # both or none: memory may run out before, and the batch comes again
+        unknown = self._unknown
+        if spelled is not None and self._token_bytes is not None:
+            rows = torch.stack([nll.double(), self._token_bytes[targets].double()])
+            unknown = unknown + (rows * spelled).sum(1)
+        # all or none: memory may run out before, and the batch comes again
+        self._sums, self._bytes, self._unknown = sums, size, unknown
 
     def result(self) -> Metrics:
         """The metrics of all that was added; DataError when nothing was."""
@@ -71,6 +81,7 @@ class MetricSums:
             raise DataError("there is no token to score")
         nll, correct, tokens, nll_known, correct_known, tokens_known = self._sums.tolist()
         size = float(self._bytes)  # 0 for a tokenizer that loses text
+        nll_spelled, spelled = (0.0, 0.0) if isinstance(self._unknown, float) else self._unknown.tolist()
         return Metrics(
             bits_per_byte=nll / math.log(2) / size if size else None,
             word_perplexity=perplexity(nll, size / self._bytes_per_word) if size else None,
@@ -82,6 +93,8 @@ class MetricSums:
             accuracy_known=correct_known / tokens_known if tokens_known else math.nan,
             unknown_share=1 - tokens_known / tokens,
             tokens=round(tokens),
+            bits_per_byte_known=(nll - nll_spelled) / math.log(2) / (size - spelled) if 0 < spelled < size else None,
+            unknown_bytes_share=spelled / size if 0 < spelled < size else None,
         )
 
 
@@ -102,20 +115,23 @@ def evaluate_split(
     again, from then on as many at a time as `fewer(rows, failure)` says; MemoryError where one is too many.
     """
     device = model.device
-    ids = torch.from_numpy(split.ids)
+    ids, spelled = torch.from_numpy(split.ids), split.spelled_unknown
+    marks = torch.zeros(1).expand(ids.shape) if spelled is None else torch.from_numpy(spelled)
     token_bytes = None if split.token_bytes is None else torch.from_numpy(split.token_bytes).to(device)
     sums, context, size = MetricSums(token_bytes, split.bytes_per_word), None, batch_size
     was_training = model.training
     model.eval()
     try:
-        for rows in ids if split.carries_context else ids.split(batch_size):
+        batches = (ids, marks) if split.carries_context else (ids.split(batch_size), marks.split(batch_size))
+        for rows, unknown in zip(*batches, strict=True):
             parts: list[Tensor] = []
             done = 0
             while done < len(rows):
                 part, failure = slice(done, done + size), None
                 before = None if context is None else context[part]
                 try:
-                    parts.append(_score(model, rows[part].to(device, torch.int64), before, precision, engine, sums))
+                    batch, mark = rows[part].to(device, torch.int64), unknown[part].to(device)
+                    parts.append(_score(model, batch, mark, before, precision, engine, sums))
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
@@ -131,14 +147,24 @@ def evaluate_split(
 
 
 def _score(
-    model: NewLLM, batch: Tensor, context: Tensor | None, precision: Precision, engine: Callable, sums: MetricSums
+    model: NewLLM,
+    batch: Tensor,
+    spelled: Tensor,
+    context: Tensor | None,
+    precision: Precision,
+    engine: Callable,
+    sums: MetricSums,
 ) -> Tensor:
-    """Add the scores of ids (B, S) int64 to the sums; returns the context (B, C) after them."""
+    """Add the scores of ids (B, S) int64, some of which spell `<unk>` (B, S), to the sums.
+
+    Returns the context (B, C) after them.
+    """
     targets = batch[:, 1:]
     with precision.autocast(batch.device.type):
         hidden, after = model.hidden(batch[:, :-1], context, (targets != PAD).sum(1), engine=engine)
         nll, correct = token_losses(hidden, model.head, targets)
-    sums.add(nll, correct, targets[targets != PAD])
+    real = targets != PAD
+    sums.add(nll, correct, targets[real], spelled[:, 1:][real])
     return after
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from newllm_lib.config import BOS, EOS, PAD
+from newllm_lib.config.fields import plain_number
 from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError
 from newllm_lib.model.decoding import Decoding, Sampling, check_count
@@ -129,7 +130,7 @@ class Writer:
 
 def stream_text(model: NewLLM, tokenizer: Tokenizer, prompt: str = "", seed: int | None = None, **options):
     """The continuation of a prompt, piece by piece; options as for `Writer.write`."""
-    return Writer(model, tokenizer).write(prompt, generator=_generator(model, seed), **options)
+    return Writer(model, tokenizer).write(prompt, generator=seeded_generator(model, seed), **options)
 
 
 def generate_texts(
@@ -154,7 +155,7 @@ def generate_texts(
         return []
     encoded = [[BOS, *tokenizer.encode(prompt)] for prompt in prompts]
     tokens, lengths = _padded(encoded, model)
-    decoding = Decoding(model, tokens, Sampling(**sampling), None, _generator(model, seed), lengths)
+    decoding = Decoding(model, tokens, Sampling(**sampling), None, seeded_generator(model, seed), lengths)
     return _collect(decoding, tokenizer, encoded, max_new_tokens, stop)
 
 
@@ -204,5 +205,15 @@ def _padded(encoded: list[list[int]], model: NewLLM) -> tuple[Tensor, Tensor]:
     return tokens, lengths
 
 
-def _generator(model: NewLLM, seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(model.device).manual_seed(seed)
+_SEEDS = -(2**63), 2**64 - 1
+"""The lowest and the highest seed that torch takes."""
+
+
+def seeded_generator(model: NewLLM, seed: int | None) -> torch.Generator | None:
+    """A generator for the model's device; None, for torch's own, without a seed. ConfigError for what is no seed."""
+    seed = plain_number(seed)
+    if seed is None:
+        return None
+    if not isinstance(seed, int) or isinstance(seed, bool) or not _SEEDS[0] <= seed <= _SEEDS[1]:
+        raise ConfigError(f"seed = {seed!r}: must be a whole number from {_SEEDS[0]} to {_SEEDS[1]}, or none")
+    return torch.Generator(model.device).manual_seed(seed)

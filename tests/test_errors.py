@@ -429,6 +429,7 @@ READERS = {
     "history.csv": [["compare", RUN], ["open", f"{RUN}.zip", "--name", "small"]],
     "model/config.json": LOADERS,
     "model/tokenizer.json": LOADERS,
+    "model/data.json": [["generate", f"{RUN}/model", "--tokens", "2"], ["export", f"{RUN}/model", "out"]],
     "model/model.safetensors": LOADERS,
     "checkpoints/best_small.pt": [["generate", BEST, "--tokens", "2"]],
     "checkpoints/best_small.pt.json": [["generate", BEST, "--tokens", "2"]],

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from newllm_lib.config import BOS, EOS, UNK, ModelConfig
 from newllm_lib.data.tokenizer import WordTokenizer
+from newllm_lib.errors import ConfigError
 from newllm_lib.generation import Pieces, Writer, generate_text, generate_texts, stream_text
 from newllm_lib.model.decoding import Decoding, Sampling
 from newllm_lib.model.newllm import NewLLM
@@ -210,3 +212,39 @@ def test_a_stream_left_within_a_character_gives_it_out_whole_later(model, monkey
     assert [next(stream), next(stream)] == ["", ""]
     stream.close()
     assert "".join(writer.write("", 4)) == "€€"
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.5, "1", True])
+def test_what_is_no_seed_gets_a_sentence(model, seed):
+    with pytest.raises(ConfigError) as refused:
+        generate_text(model, TOKENIZER, "w1", seed=seed)
+    assert str(refused.value) == (
+        f"seed = {seed!r}: must be a whole number from -9223372036854775808 to 18446744073709551615, or none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature = -0.1: must be a number from 0"),
+        ({"temperature": math.inf}, "temperature = inf: must be a number from 0"),
+        ({"temperature": "hot"}, "temperature = 'hot': must be a number from 0"),
+        ({"temperature": None}, "temperature = None: must be a number from 0"),
+        ({"top_k": 2.5}, "top_k = 2.5: must be a whole number from 0 (0 = all)"),
+        ({"top_p": math.nan}, "top_p = nan: must be a number above 0 to 1"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens = 2.0: must be a whole number from 1"),
+    ],
+)
+def test_options_that_cannot_be_get_a_sentence(model, options, message):
+    with pytest.raises(ConfigError) as refused:
+        generate_text(model, TOKENIZER, "w1", seed=1, **options)
+    assert str(refused.value) == message
+
+
+def test_numbers_of_numpy_draw_the_same_text(model):
+    options = {"temperature": 0.75, "top_k": 5, "top_p": 0.5, "max_new_tokens": 6}
+    numpys = {"temperature": np.float32(0.75), "top_k": np.int64(5), "top_p": np.float16(0.5)}
+    expected = generate_text(model, TOKENIZER, "w1", seed=3, **options)
+    assert generate_text(model, TOKENIZER, "w1", seed=np.int64(3), max_new_tokens=np.int32(6), **numpys) == expected
+    for lowest_and_highest in (-(2**63), 2**64 - 1):
+        assert generate_text(model, TOKENIZER, "w1", seed=lowest_and_highest)

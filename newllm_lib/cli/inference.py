@@ -9,12 +9,13 @@ import click
 
 from newllm_lib.cli.output import echo, echo_exact, echo_json
 from newllm_lib.config import SPECIAL_TOKENS, UNK
+from newllm_lib.data.encodings import decoded
 
 
 @click.command()
 @click.argument("run")
 @click.option("--data", multiple=True, help="Other text than the run's own (as for train).")
-@click.option("--split", default="validation", show_default=True, help="train, validation or test.")
+@click.option("--split", default="validation", show_default=True, help="train, validation, test, or all of the text.")
 @click.option(
     "--precision",
     default="fp32",
@@ -32,7 +33,8 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
     if as_json:
         echo_json(metrics.to_dict())
         return
-    echo(f"{run}, {split} split: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
+    text = "whole text" if split == "all" else f"{split} split"
+    echo(f"{run}, {text}: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
     known = ("", "", "")
     if metrics.bits_per_byte is None:
         values = (f"{metrics.perplexity_known:10.3f}", f"{metrics.loss_known:10.4f}", f"{metrics.accuracy_known:10.2%}")
@@ -42,12 +44,15 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
     echo(f"  accuracy     {metrics.accuracy:10.2%}{known[2]}")
     if metrics.bits_per_byte is not None:
         echo(f"  bits a byte  {metrics.bits_per_byte:10.4f}   word-level perplexity {metrics.word_perplexity:.4g}")
+    if metrics.bits_per_byte_known is not None:
+        share = f"{metrics.unknown_bytes_share:.1%} of the bytes"
+        echo(f"               {metrics.bits_per_byte_known:10.4f}   without the pieces that spell <unk> ({share})")
 
 
 @click.command()
 @click.argument("run")
 @click.option("--prompt", "prompts", multiple=True, help="Text to go on from; repeat for several (none: a new text).")
-@click.option("--prompts", "file", type=click.File(encoding="utf-8"), help="File with a prompt a line (- = stdin).")
+@click.option("--prompts", "file", type=click.File("rb"), help="UTF-8 file with a prompt a line (- = stdin).")
 @click.option("--tokens", "max_new_tokens", default=60, show_default=True, help="Most new tokens.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=0, show_default=True, help="Draw from this many of the likeliest tokens (0 = all).")
@@ -61,14 +66,14 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
 def generate(run: str, prompts: tuple[str, ...], file, interactive: bool, **options: Any) -> None:
     """Write text with RUN: a run's folder, a model folder, or a checkpoint file."""
     from newllm_lib import runs
-    from newllm_lib.generation import Writer
+    from newllm_lib.generation import Writer, seeded_generator
 
     model, tokenizer, *_ = runs.load_model(run)
     seed, samples, as_json = options.pop("seed"), options.pop("samples"), options.pop("as_json")
     if interactive:
         if prompts or file or as_json or samples > 1:
             raise click.UsageError("--interactive takes its prompts from the keyboard, one text at a time")
-        _converse(Writer(model, tokenizer), tokenizer, _generator(seed), options)
+        _converse(Writer(model, tokenizer), tokenizer, seeded_generator(model, seed), options)
         return
     if file:
         prompts += _lines(file)
@@ -90,10 +95,13 @@ def _surrogates(text: str) -> bool:
 
 
 def _lines(file) -> tuple[str, ...]:
-    try:
-        return tuple(line.rstrip("\n") for line in file)
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--prompts {file.name}: not UTF-8 ({error})") from error
+    """The prompts of a file: its lines, without the blank ones at its end, which an editor may have left."""
+    name = getattr(file, "name", "-")
+    text = decoded(file.read(), f"--prompts {name}", name).replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return tuple(lines)
 
 
 _BATCH = 256
@@ -131,12 +139,6 @@ def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
         except KeyboardInterrupt:
             echo(" (stopped)", nl=False, err=True)
         echo()
-
-
-def _generator(seed: int | None):
-    import torch
-
-    return None if seed is None else torch.Generator().manual_seed(seed)
 
 
 def _warn_unknown(tokenizer, prompts: tuple[str, ...]) -> None:

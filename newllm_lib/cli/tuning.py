@@ -11,6 +11,7 @@ import click
 from newllm_lib.cli.options import Sectioned, field_options, overrides_of
 from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.cli.training import config_of
+from newllm_lib.escaping import shell_command
 
 
 @click.command(cls=Sectioned)
@@ -103,11 +104,31 @@ def lr_find(
     found = test(config, model=model, tokenizer=tokenizer, low=low, high=high, steps=steps, report=report)
     found.write(out)
     if as_json:
-        fields = ("rates", "losses", "smoothed", "suggestion", "reason")
+        fields = ("rates", "muon_rates", "losses", "smoothed", "suggestion", "suggested", "reason")
         echo_json({name: getattr(found, name) for name in fields})
     else:
-        echo(f"suggested rate: {found.suggestion:.2g}" if found.suggestion else "no suggestion")
-        echo(f"  {found.reason}")
-        if found.suggestion:
-            echo(f"  to use it: newllm train {preset} --lr {found.suggestion:.2g} (with your other options)")
+        echo("\n".join(_range_test_lines(found, preset)))
     echo(f"left in {out}/: lr_find.png, lr_find.csv", err=True)
+
+
+def _range_test_lines(found: Any, preset: str) -> list[str]:
+    """What was tested, what it suggests, and the command that trains with the very rates that were tested."""
+    lines = [f"tested: {_range(found.rates)}"]
+    if found.muon_rates:
+        lines[0] += f", and with each of them Muon's rate on the hidden matrices: {_range(found.muon_rates)}"
+    if not found.suggestion:
+        return [*lines, "no suggestion", f"  {found.reason}"]
+    rates = {name: f"{rate:.3g}" for name, rate in found.suggested.items()}
+    muon = f", Muon {rates['muon_lr']}" if "muon_lr" in rates else ""
+    command = shell_command(["newllm", "train", preset])
+    options = " ".join(f"--{name.replace('_', '-')} {rate}" for name, rate in rates.items())
+    return [
+        *lines,
+        f"suggested rate: {rates['lr']}{muon}",
+        f"  {found.reason}",
+        f"  to use it: {command} {options} (with your other options)",
+    ]
+
+
+def _range(rates: list[float]) -> str:
+    return f"{min(rates):.3g} to {max(rates):.3g}" if rates else "nothing"

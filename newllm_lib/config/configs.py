@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import operator
+import re
 import typing
 from dataclasses import dataclass, field
 from functools import cache
@@ -202,10 +203,15 @@ class TrainConfig(Checked):
         object.__setattr__(self, "clip_by_epoch", pairs)  # whole norms as floats: equal settings, equal identities
 
 
+LONGEST_NAME = 220
+"""Bytes in a run's name: the names of its checkpoints add 35, and 255 are what file systems take."""
+
+
 def _is_folder_name(name: str) -> bool:
     """Whether every system takes a name for a folder, and every file and picture can show it."""
-    characters = not any(character in '/\\:*?"<>|' or "\ud800" <= character <= "\udfff" for character in name)
-    return bool(name) and not name.startswith(".") and characters
+    if re.search(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]', name) or len(name.encode()) > LONGEST_NAME:
+        return False
+    return bool(name) and not name.startswith(".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +237,8 @@ class RunConfig(Checked):
         super().__post_init__()
         if self.name is not None and not _is_folder_name(self.name):
             raise ConfigError(
-                f'RunConfig.name = {self.name!r}: must be a plain folder name, without / \\ : * ? " < > | '
-                "and not starting with a dot"
+                f"RunConfig.name = {self.name!r}: must be a plain folder name of at most {LONGEST_NAME} bytes, without "
+                '/ \\ : * ? " < > | or control characters, and not starting with a dot'
             )
 
     def replace(self, **flat) -> RunConfig:

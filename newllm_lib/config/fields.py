@@ -19,6 +19,7 @@ from dataclasses import field
 from functools import cache
 from typing import Any
 
+from newllm_lib.config.places import expanded
 from newllm_lib.errors import ConfigError
 
 
@@ -38,6 +39,8 @@ class Checked:
         hints = field_types(type(self))
         for item in dataclasses.fields(self):
             value = _convert(getattr(self, item.name), hints[item.name])
+            if item.metadata.get("path"):
+                value = _expanded(value)
             object.__setattr__(self, item.name, value)
             _check(type(self).__name__, item.name, value, hints[item.name], item.metadata)
 
@@ -80,8 +83,9 @@ def allowed_types(hint: Any) -> tuple[Any, ...]:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Whole numbers where a float is wanted, and lists (as JSON has them) where a tuple is."""
+    """Whole numbers where a float is wanted, and lists (as JSON has them) where a tuple is; NumPy's are Python's."""
     kinds = allowed_types(hint)
+    value = plain_number(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         return float(value)
     if isinstance(value, os.PathLike):
@@ -91,6 +95,18 @@ def _convert(value: Any, hint: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
     return value
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy or torch as Python's own; anything else as it is."""
+    return value.item() if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0 else value
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or several, with the home in place of `~`; anything else is for the check to refuse."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    return expanded(value) if isinstance(value, str) else value
 
 
 def _check(owner: str, name: str, value: Any, hint: Any, allowed: typing.Mapping[str, Any]) -> None:

@@ -6,22 +6,27 @@ A corpus is three lists of texts (train, validation, and test where there is one
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from newllm_lib.config import DataConfig
 from newllm_lib.config.portable import ELSEWHERE
-from newllm_lib.errors import ConfigError, DataError, FileMissingError, NetworkError
+from newllm_lib.data.encodings import decoded, table_note
+from newllm_lib.data.sources import real_files, refuse_dangling
+from newllm_lib.errors import ConfigError, DataError, NetworkError
 from newllm_lib.escaping import shell_word
 from newllm_lib.system.files import DISK_FULL, file_error, file_errors
 
 SPLITS = ("train", "validation", "test")
+ALL = "all"
+"""The split that is the whole text, for scoring."""
 
 HUB_REPOSITORY = "Salesforce/wikitext"
 HUB_CONFIGS = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-v1"}
@@ -31,18 +36,26 @@ _SPLIT_NAMES = {"train": "train", "valid": "validation", "validation": "validati
 _SUFFIXES = {".txt", ".tokens", ".raw"}
 
 
+_MOST_REPEATED = 0.01
+"""Share of the validation text that may stand in training without a word: WikiText-2's headings are 0.48 %."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Texts by split, and the name of their source."""
 
     name: str
     splits: dict[str, list[str]]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """Sentences on what was found while reading, for whoever uses the text; no path is in them."""
+    left_out: int = field(default=0, compare=False)
+    """Paths that lead to a file which was read already."""
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the texts and their splits: the same content gives the same value wherever it lies."""
         digest = hashlib.sha256()
-        for split in SPLITS:
+        for split in (*SPLITS, *(self.splits.keys() - set(SPLITS))):
             texts = self.splits.get(split, [])
             digest.update(f"{split} {len(texts)}\n".encode())
             if any("\n" in text for text in texts):  # then the ends of lines do not tell where a text ends
@@ -52,11 +65,13 @@ class Corpus:
 
 
 @file_errors()
-def load_corpus(config: DataConfig) -> Corpus:
+def load_corpus(config: DataConfig, scored: str | None = None) -> Corpus:
     """The corpus that `config.data` names.
 
-    Raises DataError, FileError or NetworkError, with the place and what to do, when the source is unknown, empty, not
-    UTF-8, lacks a split, or cannot be reached.
+    scored: the one split that is wanted, where nothing is trained: no other has to be there. "all" takes every split
+    that there is, and files as they are, in one split of that name. Raises ConfigError, DataError, FileError or
+    NetworkError, with the place and what to do, when the source is unknown, empty, not UTF-8, lacks a split, or cannot
+    be reached.
     """
     sources = config.data if isinstance(config.data, tuple) else (config.data,)
     if found := [source.removeprefix(ELSEWHERE) for source in sources if source.startswith(ELSEWHERE)]:
@@ -65,88 +80,152 @@ def load_corpus(config: DataConfig) -> Corpus:
             "one: data=... (in the shell --data, in the notebook DATA)"
         )
     if len(sources) == 1:
-        if sources[0] == "builtin":
-            return _builtin()
-        if sources[0] in HUB_CONFIGS:
-            return _from_hub(sources[0])
+        if sources[0] in _NAMED_UNITS:
+            if scored is None:
+                _check_unit(sources[0], config.text_unit)
+            return _builtin() if sources[0] == "builtin" else _from_hub(sources[0])
         if Path(sources[0]).is_dir():
-            return _from_folder(Path(sources[0]), config.text_unit)
-    return _from_files(list(dict.fromkeys(path for source in sources for path in _expand(source))), config)
+            return _with_notes(_from_folder(Path(sources[0]), config.text_unit, scored))
+    return _with_notes(_from_files(sources, config, scored))
 
 
-def _expand(source: str) -> list[Path]:
-    """The files that a path or a pattern such as 'src/**/*.py' stands for, sorted."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise ConfigError(f"data {source}: a folder stands alone; several sources must be files or patterns")
-    found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
-    if not found:
-        raise FileMissingError(
-            f"data {source}: no such folder, file or pattern. Give a folder with train.txt and valid.txt, text files, "
-            f"or one of: builtin, {', '.join(HUB_CONFIGS)}"
+_NAMED_UNITS = {"builtin": "paragraph"} | dict.fromkeys(HUB_CONFIGS, "line")
+"""What one text is in the data that have names."""
+
+
+def _check_unit(name: str, unit: str) -> None:
+    """ConfigError for a unit in which a named text does not come; "line", the default, stands for its own."""
+    if unit not in ("line", _NAMED_UNITS[name]):
+        raise ConfigError(
+            f"DataConfig.text_unit = {unit!r}: the texts of {name} are {_NAMED_UNITS[name]}s and come in no other "
+            "unit; leave it out, or give text files"
         )
-    return found
+
+
+def _with_notes(corpus: Corpus) -> Corpus:
+    """With what whoever trains on local files should know of them."""
+    notes = list(corpus.notes)
+    if corpus.left_out:
+        notes.append(
+            f"{corpus.left_out:,} paths that lead, through links, to files that are in the data already are left out: "
+            "each file is read once"
+        )
+    repeated, share = _repeated(corpus.splits)
+    if share > _MOST_REPEATED:
+        notes.append(
+            f"{repeated:,} of {len(corpus.splits['validation']):,} validation texts ({share:.1%} of the characters) "
+            "also stand in training, word for word, so the scores are better than on new text"
+        )
+    return dataclasses.replace(corpus, notes=tuple(notes))
+
+
+def _repeated(splits: dict[str, list[str]]) -> tuple[int, float]:
+    """How many validation texts are training texts too, and their share of the characters."""
+    known = {text.strip() for text in splits.get("train", [])}
+    texts = [text.strip() for text in splits.get("validation", [])]
+    again = [text for text in texts if text in known]
+    return len(again), sum(map(len, again)) / max(1, sum(map(len, texts)))
 
 
 # --- local files ------------------------------------------------------------------------------------------------
 
 
-def _from_folder(folder: Path, unit: str) -> Corpus:
+def _from_folder(folder: Path, unit: str, scored: str | None) -> Corpus:
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # macOS leaves ._train.txt
+    for path in visible:
         split = _split_of(path)
         if split is None:
             continue
         if split in files:
             raise DataError(f"data {folder}: both {files[split].name} and {path.name} are the {split} split; keep one")
         files[split] = path
-    for split, example in (("train", "train.txt"), ("validation", "valid.txt")):
-        if split not in files:
-            pattern = shell_word(f"{glob.escape(str(folder))}/*.txt")
-            there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise DataError(
-                f"data {folder}: no {split} split. Name it {example} (or wiki.{example[:5]}.tokens, .raw); the folder "
-                f"holds {there}. For loose text files give a pattern instead: --data {pattern}"
-            )
-    return Corpus(_shown(folder.resolve().name), {split: read_texts(path, unit) for split, path in files.items()})
+    wanted = ("train", "validation") if scored is None else (scored,)
+    missing = [split for split in wanted if split in SPLITS and split not in files]
+    if missing or not files:
+        raise DataError(_missing_split(folder, (missing or ["validation"])[0], visible, bool(files) and scored))
+    found = {split: path for split, path in files.items() if scored in (None, ALL, split)}
+    return Corpus(_shown(folder.resolve().name), {split: read_texts(path, unit) for split, path in found.items()})
+
+
+def _missing_split(folder: Path, split: str, visible: list[Path], scored: bool) -> str:
+    example = {"validation": "valid"}.get(split, split)
+    there = ", ".join(path.name for path in visible[:8]) or "nothing"
+    pattern = shell_word(f"{glob.escape(str(folder))}/*.txt")
+    way_out = (
+        "To score all that is there: split='all' (in the shell --split all)"
+        if scored
+        else f"For loose text files give a pattern instead: --data {pattern}"
+    )
+    return (
+        f"data {folder}: no {split} split. Name it {example}.txt (or wiki.{example}.tokens, .raw); the folder holds "
+        f"{there}. {way_out}"
+    )
 
 
 def _split_of(path: Path) -> str | None:
     """The split that a file's name tells: train.txt, wiki.valid.tokens, validation.raw, ..."""
-    if path.suffix not in _SUFFIXES or not path.is_file():
-        return None
-    return next((_SPLIT_NAMES[part] for part in path.stem.lower().split(".") if part in _SPLIT_NAMES), None)
+    names = (_SPLIT_NAMES[part] for part in path.stem.lower().split(".") if part in _SPLIT_NAMES)
+    split = next(names, None) if path.suffix in _SUFFIXES else None
+    if split:
+        refuse_dangling(path)
+    return split if path.is_file() else None
 
 
-def _from_files(paths: list[Path], config: DataConfig) -> Corpus:
+def _from_files(sources: tuple[str, ...], config: DataConfig, scored: str | None) -> Corpus:
     """Each file's last texts become test, those before them validation, the rest train: stable, and no overlap.
 
-    Where a text is a whole file, the same goes for the files in their order.
+    Where a text is a whole file, the same goes for the files in their order. Nothing is cut for the split "all".
     """
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    paths, left_out = real_files(sources)
     texts: dict[Path, list[str]] = {}
+    notes: list[str] = []
     for path in paths:
         if len(paths) == 1 or _bytes(path).strip():  # a pattern may well meet an empty __init__.py
             texts[path] = read_texts(path, config.text_unit)
+            if len(paths) == 1 and (note := table_note(texts[path][0], path)):
+                notes.append(note)
     if not texts:
         raise DataError(f"data {paths[0]} and {len(paths) - 1} more: all of these files are empty")
-    groups = list(texts.values())
-    if config.text_unit == "file":
-        groups = [list(itertools.chain.from_iterable(groups))]
+    name = _shown(paths[0].stem if len(paths) == 1 else f"{paths[0].stem}+{len(paths) - 1}")
+    everything = list(itertools.chain.from_iterable(texts.values()))
+    if scored == ALL:
+        splits = {ALL: everything}
+    else:
+        splits = _cut([everything] if config.text_unit == "file" else list(texts.values()), config)
+        empty = [split for split in SPLITS if not splits[split] and scored in (None, split)]
+        if empty:
+            raise DataError(f"data {paths[0]}: {_too_few(len(everything), empty[0], config, paths[0])}")
+    return Corpus(name, splits, tuple(notes), left_out)
+
+
+def _cut(groups: list[list[str]], config: DataConfig) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for group in groups:
         parts = split_texts(group, config.validation_fraction, config.test_fraction)
         for split, part in zip(SPLITS, parts, strict=True):
             splits[split].extend(part)
-    for split in SPLITS:
-        if not splits[split]:
-            raise DataError(
-                f"data {paths[0]}: {sum(map(len, splits.values()))} texts (one a {config.text_unit}) are too few for "
-                f"a {split} split of their own; give more text, or a folder with train.txt and valid.txt"
-            )
-    name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}+{len(paths) - 1}"
-    return Corpus(_shown(name), splits)
+    return splits
+
+
+def _too_few(count: int, split: str, config: DataConfig, path: Path) -> str:
+    """Why nothing is left for a split, and what would leave something."""
+    unit = config.text_unit
+    if split == "train" and count >= 3:
+        return (
+            f"validation_fraction = {config.validation_fraction:g} and test_fraction = {config.test_fraction:g} leave "
+            f"none of {count:,} texts (one a {unit}) to train on; make them smaller"
+        )
+    finer = {
+        "file": "use text_unit line or paragraph (in the shell --text-unit)",
+        "paragraph": "use text_unit line (in the shell --text-unit)",
+        "line": f"if its lines are long, cut them: fold -s -w 1000 -- {shell_word(path)} > NEW.txt",
+    }
+    subject = f"1 text (one a {unit}) is" if count == 1 else f"{count} texts (one a {unit}) are"
+    return (
+        f"{subject} too few for train, validation and test ({split} would be empty); {finer[unit]}. Or give more text, "
+        "or a folder with train.txt and valid.txt"
+    )
 
 
 def _shown(name: str) -> str:
@@ -168,19 +247,7 @@ def split_texts(
 
 def read_texts(path: Path, unit: str) -> list[str]:
     """The non-blank texts of a UTF-8 file: its lines, its paragraphs, or all of it."""
-    raw = _bytes(path)
-    if b"\0" in raw[:65_536]:
-        raise DataError(f"data {path}: holds NUL bytes, so it is a binary file or UTF-16; save it as UTF-8 text")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        start = error.start + len(raw) - len(error.object)  # the decoder counts from behind a byte order mark
-        line = raw.count(b"\n", 0, start) + 1
-        raise DataError(
-            f"data {path}: not UTF-8 at byte {start} (line {line}); convert it, for example: "
-            f"iconv -f latin1 -t utf-8 -- {shell_word(path)}"
-        ) from error
-    texts = split_units(text, unit)
+    texts = split_units(decoded(_bytes(path), f"data {path}", path), unit)
     if not texts:
         raise DataError(f"data {path}: the file is empty; it must hold at least one non-blank line")
     return texts

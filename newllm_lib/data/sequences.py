@@ -26,6 +26,13 @@ class EncodedTexts:
         ids = np.fromiter((index for text in texts for index in text), dtype=np.int32, count=int(offsets[-1]))
         return cls(ids, offsets, num_words)
 
+    @classmethod
+    def joined(cls, parts: Sequence[EncodedTexts]) -> EncodedTexts:
+        """The texts of several, in their order."""
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        offsets = np.concatenate(([0], np.cumsum(sizes)))
+        return cls(np.concatenate([part.ids for part in parts]), offsets, sum(part.num_words for part in parts))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -55,6 +62,15 @@ def windows(texts: EncodedTexts, length: int, stride: int, min_words: int) -> np
     out = np.lib.stride_tricks.sliding_window_view(line, length)[np.repeat(firsts, rows) + stride * within]
     out[np.arange(length) >= np.repeat(marked, rows)[:, None]] = PAD  # what follows a short text in the line
     return out
+
+
+def used_share(texts: EncodedTexts, length: int, stride: int, min_words: int) -> float:
+    """Share of the targets of the texts that `windows` takes which are in one of its rows, for a stride from length - 1
+    on, where no target is in two."""
+    words = np.diff(texts.offsets)
+    targets = words[words >= min_words] + 1  # the EOS is one, the BOS none
+    rows = np.maximum(targets + 1 - length, 0) // stride + 1
+    return float(np.minimum(targets, rows * (length - 1)).sum() / max(1, targets.sum()))
 
 
 def stream(texts: EncodedTexts, length: int, lanes: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from newllm_lib.config import BOS, EOS, PAD, UNK, ModelConfig
+from newllm_lib.config.fields import plain_number
 from newllm_lib.errors import ConfigError
 from newllm_lib.model.recurrence import Weights
 from newllm_lib.model.recurrence.cell import Cell, LoopWeights
@@ -56,14 +57,19 @@ class Sampling(NamedTuple):
     allow_unknown: bool = False
 
     def check(self) -> Sampling:
-        """Itself, if every value is in its range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature = {self.temperature!r}: must be a number from 0")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k = {self.top_k!r}: must be a whole number from 0 (0 = all)")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p!r}: must be a number above 0 to 1")
-        return self
+        """Itself in Python's numbers, if every value is in its range."""
+        temperature, top_k, top_p = map(plain_number, self[:3])
+        if not _is_number(temperature) or not 0 <= temperature < float("inf"):
+            raise ConfigError(f"temperature = {temperature!r}: must be a number from 0")
+        if not _is_number(top_k, int) or top_k < 0:
+            raise ConfigError(f"top_k = {top_k!r}: must be a whole number from 0 (0 = all)")
+        if not _is_number(top_p) or not 0 < top_p <= 1:
+            raise ConfigError(f"top_p = {top_p!r}: must be a number above 0 to 1")
+        return Sampling(temperature, top_k, top_p, self.allow_unknown)
+
+
+def _is_number(value: object, kinds: type | tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 class Step(NamedTuple):
@@ -203,5 +209,5 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 def check_count(max_new_tokens: int) -> None:
     """ConfigError unless it is a whole number from 1."""
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not _is_number(plain_number(max_new_tokens), int) or max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens!r}: must be a whole number from 1")

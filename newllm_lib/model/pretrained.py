@@ -9,12 +9,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from newllm_lib.config import ModelConfig
+from newllm_lib.config import DataConfig, ModelConfig
 from newllm_lib.config.fields import build
 from newllm_lib.data.tokenizer import Tokenizer, tokenizer_from_dict
-from newllm_lib.errors import CheckpointError
+from newllm_lib.errors import CheckpointError, ConfigError, RunError
 from newllm_lib.model.newllm import NewLLM
-from newllm_lib.reporting.record import MODEL_CONFIG, TOKENIZER, WEIGHTS
+from newllm_lib.reporting.record import MODEL_CONFIG, PROTOCOL, TOKENIZER, WEIGHTS
 from newllm_lib.system.files import make_folder, read_json, write_atomic, write_text_atomic
 
 
@@ -37,16 +37,47 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def export_model(folder: Path, model: NewLLM, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
+def export_model(
+    folder: Path,
+    model: NewLLM,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None = None,
+    protocol: DataConfig | None = None,
+) -> None:
     """Write model.safetensors, config.json and tokenizer.json, each whole: what `NewLLM.from_pretrained` reads.
 
-    dtype: the type of the stored weights (None = their own); readers bring them back to FP32.
+    dtype: the type of the stored weights (None = their own); readers bring them back to FP32. protocol: how the text
+    of the model was read, for data.json, so that whoever scores it reads alike; None = not known.
     """
     make_folder(folder)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(folder / WEIGHTS, lambda file: file.write(safetensors.torch.save(tensors)))
     write_text_atomic(folder / MODEL_CONFIG, json.dumps(model.config.to_dict(), indent=2) + "\n")
     write_text_atomic(folder / TOKENIZER, tokenizer_text(tokenizer))
+    if protocol is None:
+        (folder / PROTOCOL).unlink(missing_ok=True)  # of the model that was here before
+    else:
+        write_text_atomic(folder / PROTOCOL, protocol_text(protocol))
+
+
+def protocol_text(protocol: DataConfig) -> str:
+    """What data.json holds; where the text lies is left out."""
+    values = {name: value for name, value in protocol.to_dict().items() if name != "data"}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def load_protocol(folder: Path) -> DataConfig | None:
+    """How the text of a model folder was read; None where it does not say, CheckpointError for a damaged data.json."""
+    path = folder / PROTOCOL
+    if not path.is_file():
+        return None
+    try:
+        values = read_json(path)
+        if isinstance(values, dict):
+            values.pop("data", None)  # no place that a stranger's file names is read
+        return build(DataConfig, values)
+    except (ConfigError, RunError) as error:
+        raise CheckpointError(f"{path}: not a data protocol that can be read ({error})") from error
 
 
 def tokenizer_text(tokenizer: Tokenizer) -> str:

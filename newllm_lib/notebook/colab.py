@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote
 
+from newllm_lib.config.places import user_path
 from newllm_lib.errors import ConfigError, FileError, NewLLMError
 from newllm_lib.escaping import html_attribute, html_text, say
 from newllm_lib.system.console import KAGGLE_OUTPUT, in_colab, in_kaggle, in_kernel
@@ -108,7 +109,7 @@ def offer_download(path: str | Path) -> None:
 
     FileMissingError when there is no such file. A download that fails is said, not raised.
     """
-    path = Path(path)
+    path = user_path(path)
     with file_errors(path):
         size = path.stat().st_size
     say(f"{path.resolve()} ({size / 2**20:.1f} MiB)")

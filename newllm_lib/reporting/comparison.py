@@ -14,6 +14,7 @@ from typing import Any
 
 from newllm_lib.config import ModelConfig, TrainConfig, flat_fields
 from newllm_lib.config import published as series
+from newllm_lib.config.places import user_path
 from newllm_lib.errors import ConfigError, FileMissingError, RunError
 from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.record import HISTORY, HISTORY_COLUMNS, RunRecord, read_history, read_record
@@ -127,7 +128,7 @@ class Comparison:
 def collect(runs, *, published: bool = True) -> Comparison:
     """What `compare` shows; see there."""
     runs = [runs] if isinstance(runs, (str, Path)) or hasattr(runs, "folder") else runs
-    folders = {(path := Path(getattr(run, "folder", run))).resolve(): path for run in runs}
+    folders = {(path := user_path(getattr(run, "folder", run))).resolve(): path for run in runs}
     if not folders:
         raise ConfigError("compare() needs at least one run")
     entries = list(map(_read, folders.values(), _labels(list(folders))))

@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from newllm_lib.config.places import user_path
 from newllm_lib.escaping import csv_text, markdown_list, markdown_text, plot_text, text_table
 from newllm_lib.reporting.comparison import (
     COLUMNS,
@@ -40,7 +41,7 @@ def compare(runs, *, published: bool = True, out: str | Path | None = None):
     """
     comparison = collect(runs, published=published)
     if out is not None:
-        write(comparison, Path(out))
+        write(comparison, user_path(out))
     return frame(comparison)
 
 

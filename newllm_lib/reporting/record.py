@@ -26,6 +26,7 @@ HISTORY_COLUMNS = (
     "val_ppl_known",
     "val_bits_per_byte",
     "val_word_ppl",
+    "val_bits_per_byte_known",
     "lr",
     "clip",
     "train_seconds",
@@ -36,10 +37,12 @@ HISTORY_COLUMNS = (
 
 RECORD, HISTORY, CURVES, REPORT = "run.json", "history.csv", "curves.png", "report.md"
 MODEL, CHECKPOINTS = "model", "checkpoints"
-WEIGHTS, MODEL_CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+WEIGHTS, MODEL_CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+PROTOCOL, CARD = "data.json", "README.md"
 RUN_FILES = (RECORD, HISTORY, CURVES, REPORT)
-"""What a run's folder holds: these files, MODEL with WEIGHTS, MODEL_CONFIG, TOKENIZER and perhaps a CARD, and
-CHECKPOINTS, whose files `training.checkpoint.Checkpoints` names."""
+"""What a run's folder holds: these files, MODEL with WEIGHTS, MODEL_CONFIG, TOKENIZER, PROTOCOL (how text is
+read for it: DataConfig without the place of the text) and perhaps a CARD, and CHECKPOINTS, whose files
+`training.checkpoint.Checkpoints` names."""
 
 
 _NEEDED = {"needed": True}

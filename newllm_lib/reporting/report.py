@@ -155,6 +155,8 @@ def _is_lossless(row: dict[str, Any]) -> bool:
 
 
 def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
+    known = best.get("val_bits_per_byte_known")  # rows of before do not say
+    without = "the same without the pieces that spell `<unk>`, which stands for rare words in this text"
     return [
         (
             "bits per byte",
@@ -166,6 +168,7 @@ def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{best['val_word_ppl']:.4g}",
             "exp(sum of nll / words); for text with spaces between its words",
         ),
+        *([] if known is None else [("bits per byte, known", f"{known:.4f}", without)]),
     ]
 
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from newllm_lib.config import RunConfig
+from newllm_lib.config import DataConfig, RunConfig
 from newllm_lib.config.presets import resolve
+from newllm_lib.data.corpus import ALL, SPLITS
 from newllm_lib.data.dataset import prepare
 from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError, DataError
@@ -83,6 +84,7 @@ def evaluate(
 ) -> Metrics:
     """Scores on a split of some data (None = what the run was trained on), read by the run's own protocol.
 
+    split: train, validation, test, or all, which is every split that is there, and a file as it is, not cut.
     what: a Run; the place of a run, a model folder or a checkpoint; or a model, then with its tokenizer. config: the
     protocol, where `what` has none of its own. FP32 unless told otherwise. ConfigError when the tokenizer and the model
     do not belong together, the run's text has changed, or the data has no such split.
@@ -100,13 +102,17 @@ def evaluate(
     config = config or loaded.config
     if data is None and config is None:
         raise ConfigError(f"{what}: a model alone does not know its text: say which with data= (in the shell --data)")
-    config = config or RunConfig()
-    prepared = prepare(config.replace(data=data) if data else config, loaded.tokenizer)
+    if split not in (*SPLITS, ALL):
+        raise ConfigError(f"split = {split!r}: must be one of {', '.join((*SPLITS, ALL))}")
+    config = config or _default_protocol(loaded.protocol)
+    prepared = prepare(config.replace(data=data) if data else config, loaded.tokenizer, split if data else None)
     if data is None and loaded.fingerprint not in (None, prepared.fingerprint):
         raise DataError(
-            f"data {config.data.data}: the text has changed since the run was trained; to score it all the same, "
-            "name it with data= (in the shell --data)"
+            f"data {config.data.data}: the text has changed since the run was trained{prepared.why_changed}; to score "
+            "it all the same, name it with data= (in the shell --data)"
         )
+    for note in prepared.notes if data else ():  # of the run's own text its plan has told
+        warn_on_stderr(note)
     model = loaded.model
     chosen, engine = choose_numerics(model.device, precision)
     if chosen.substituted:
@@ -114,6 +120,18 @@ def evaluate(
     batch = config.train.eval_batch_size
     with BUFFERS.kept():
         return evaluate_split(model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine.run)
+
+
+def _default_protocol(protocol: DataConfig | None) -> RunConfig:
+    """A configuration that reads text as a model's own did, or, where the model does not say, as by default."""
+    if protocol:
+        return RunConfig(data=protocol)
+    default = DataConfig()
+    warn_on_stderr(
+        "this model does not say how its text was read (it has no data.json): it is scored by the default protocol, "
+        f"{default.layout} of {default.sequence_length} tokens every {default.stride}"
+    )
+    return RunConfig(data=default)
 
 
 def side_by_side(runs: Sequence[Run], prompts: Sequence[str], *, seed: int = 0, **options):

@@ -82,7 +82,7 @@ class Recorder(Observer):
     def on_validation(self, trainer: Trainer, row: dict[str, Any], improved: bool) -> None:
         """The weights if they are the best, then the tables."""
         if improved:
-            export_model(self.folder / MODEL, trainer.model, trainer.setup.prepared.tokenizer)
+            self._export(trainer.model)
             self.record.model_step = None
         write_history(self.folder, trainer.state.history)
         self._write_record("running")
@@ -112,7 +112,11 @@ class Recorder(Observer):
             return  # a best one of before: the run came from a file that did not have a later one
         model = NewLLM(self.trainer.setup.config.model)
         model.load_state_dict(payload["model"])
-        export_model(self.folder / MODEL, model, self.trainer.setup.prepared.tokenizer)
+        self._export(model)
+
+    def _export(self, model: NewLLM) -> None:
+        setup = self.trainer.setup
+        export_model(self.folder / MODEL, model, setup.prepared.tokenizer, protocol=setup.config.data)
 
     def _write_record(self, status: str) -> None:
         state, setup, record = self.trainer.state, self.trainer.setup, self.record

@@ -6,18 +6,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from newllm_lib.config import RunConfig
+from newllm_lib.config import DataConfig, RunConfig
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import received_config
 from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError, FileMissingError, NoModelError, RunError
 from newllm_lib.escaping import one_line
 from newllm_lib.model.newllm import NewLLM
-from newllm_lib.model.pretrained import load_exported, tokenizer_text
+from newllm_lib.model.pretrained import (
+    load_exported,
+    load_protocol,
+    protocol_text,
+    tokenizer_text,
+)
 from newllm_lib.reporting import report
 from newllm_lib.reporting.model_card import card_of
 from newllm_lib.reporting.record import (
     HISTORY,
     MODEL,
+    PROTOCOL,
     RECORD,
     TOKENIZER,
     WEIGHTS,
@@ -37,7 +44,7 @@ class Run:
     """A run's folder, read when asked: `.history`, `.best`, `.model`, `.tokenizer`, `.config`, `.record`."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.record: RunRecord = read_record(self.folder)
 
     def __repr__(self) -> str:
@@ -105,6 +112,8 @@ class Loaded(NamedTuple):
     """None for a bare model folder."""
     fingerprint: str | None
     """sha256 of the text that it was trained on, where that is known."""
+    protocol: DataConfig | None = None
+    """How its text was read, where that is known; in a bare model folder without the place of the text."""
 
 
 @file_errors()
@@ -116,17 +125,19 @@ def load_model(place: str | Path) -> Loaded:
     """
     loaded = _load_model(place)
     loaded.model.companions = {TOKENIZER: tokenizer_text(loaded.tokenizer)}
-    loaded.model.card = card_of(Path(place), loaded.model.config)
+    if loaded.protocol:
+        loaded.model.companions[PROTOCOL] = protocol_text(loaded.protocol)
+    loaded.model.card = card_of(user_path(place), loaded.model.config)
     return loaded
 
 
 def _load_model(place: str | Path) -> Loaded:
-    path = Path(place)
+    path = user_path(place)
     if path.is_file():
         return _from_checkpoint(path)
     if (path / WEIGHTS).exists():
         model, tokenizer = load_exported(path)
-        return Loaded(model.eval(), tokenizer, None, None)
+        return Loaded(model.eval(), tokenizer, None, None, load_protocol(path))
     if not path.is_dir():
         raise FileMissingError(f"{place}: no such run, model folder or checkpoint")
     run = Run(path)
@@ -136,7 +147,8 @@ def _load_model(place: str | Path) -> Loaded:
             check_validated(run)
         return _from_checkpoint(best)
     model, tokenizer = load_exported(path / MODEL)
-    return Loaded(model.eval(), tokenizer, run.config, (run.record.data or {}).get("fingerprint"))
+    fingerprint = (run.record.data or {}).get("fingerprint")
+    return Loaded(model.eval(), tokenizer, run.config, fingerprint, run.config.data)
 
 
 def check_validated(run: Run) -> None:
@@ -152,4 +164,4 @@ def _from_checkpoint(path: Path) -> Loaded:
     model, tokenizer, config, fingerprint = load_trained(path, warn_on_stderr)
     if not holds_run(path.resolve().parent.parent):  # then who knows where the file comes from
         config = RunConfig.from_dict(received_config(config.to_dict()))
-    return Loaded(model.eval(), tokenizer, config, fingerprint)
+    return Loaded(model.eval(), tokenizer, config, fingerprint, config.data)

@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import portable, portable_config, received
 from newllm_lib.errors import BundleError, FileTakenError, NewLLMError, RunError
 from newllm_lib.model.pretrained import load_exported
@@ -31,6 +32,7 @@ from newllm_lib.reporting.record import (
     HISTORY,
     MODEL,
     MODEL_CONFIG,
+    PROTOCOL,
     RECORD,
     REPORT,
     TOKENIZER,
@@ -59,9 +61,9 @@ ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, struct.err
 _CHUNK = 1 << 20
 _OLDEST_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member, so that the same run gives the same file."""
-_CARD = f"{MODEL}/{CARD}"
+_CARD, _PROTOCOL = f"{MODEL}/{CARD}", f"{MODEL}/{PROTOCOL}"
 _REQUIRED = (RECORD, *(f"{MODEL}/{name}" for name in (WEIGHTS, MODEL_CONFIG, TOKENIZER)))
-_OPTIONAL = (HISTORY, CURVES, REPORT, _CARD)
+_OPTIONAL = (HISTORY, CURVES, REPORT, _CARD, _PROTOCOL)
 
 
 @file_errors()
@@ -72,8 +74,8 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     card and state are without this machine's paths. The file is replaced whole. FileMissingError, NoModelError or
     RunError when the run has no trained weights yet.
     """
-    run = Run((run.folder if isinstance(run, Run) else Path(run)).resolve())
-    out = Path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
+    run = Run((run.folder if isinstance(run, Run) else user_path(run)).resolve())
+    out = user_path(out) if out else run.folder.parent / f"{run.folder.name}.zip"
     missing = [name for name in _REQUIRED if not (run.folder / name).is_file()]
     if missing:
         check_validated(run)
@@ -128,7 +130,7 @@ def archive(folder: str | Path) -> Path:
 
     RunError where there is no file to take.
     """
-    folder = Path(folder).resolve()
+    folder = user_path(folder).resolve()
     files = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
     if not files:
         raise RunError(f"{folder}: holds no files to take along")
@@ -162,7 +164,7 @@ def open_bundle(
     BundleError names what is wrong with the file; then nothing is left behind. FileTakenError where the folder is
     there already with other content.
     """
-    path, results = Path(path), Path(results_dir)
+    path, results = user_path(path), user_path(results_dir)
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(archive, path, max_bytes)
@@ -287,8 +289,8 @@ def _already_there(folder: Path, manifest: dict[str, Any], sent: dict[str, Any])
     """
     for name, entry in manifest["files"].items():
         found = folder / name
-        if name == _CARD and not found.is_file():
-            continue  # made for the bundle
+        if name in (_CARD, _PROTOCOL) and not found.is_file():
+            continue  # made for the bundle, or by a later version of this library
         same = found.is_file() and hashlib.sha256(found.read_bytes()).hexdigest() == entry["sha256"]
         if name == RECORD and found.is_file() and not same:
             same = portable(read_record(folder)) == portable(sent)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from newllm_lib.config.places import user_path
 from newllm_lib.errors import RunError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model
@@ -22,16 +23,16 @@ def export(what: Run | str | Path, folder: str | Path, *, half: bool = False) ->
     what: a run, or the place of one, of a model folder, or of a checkpoint. `NewLLM.from_pretrained(folder)` and
     every command read the result. RunError when the folder holds something else, or a weight does not fit FP16.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if folder.exists() and not (folder / WEIGHTS).exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds other files; name a new or an empty folder, or a model folder to replace")
-    place = what.folder if isinstance(what, Run) else Path(what)
+    place = what.folder if isinstance(what, Run) else user_path(what)
     if folder.resolve() in (place.resolve(), (place / MODEL).resolve()):
         raise RunError(f"{folder}: is where the model comes from; name another folder")
     loaded = load_model(place)
     if half:
         _check_half(loaded.model)
-    export_model(folder, loaded.model, loaded.tokenizer, torch.float16 if half else None)
+    export_model(folder, loaded.model, loaded.tokenizer, torch.float16 if half else None, loaded.protocol)
     write_text_atomic(folder / CARD, loaded.model.card or model_card(None, loaded.model.config))
     return folder
 

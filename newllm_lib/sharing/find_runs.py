@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from newllm_lib.config.places import user_path
 from newllm_lib.errors import FileMissingError, FileTakenError, NewLLMError
 from newllm_lib.escaping import say
 from newllm_lib.reporting.record import CHECKPOINTS, RECORD, holds_run, read_record
@@ -35,19 +36,20 @@ def find_run(
     `results_dir` and of its copies in `mirror_dir`, None where there is none. Errors as of `fetch` and `adopt`;
     FileTakenError where a copy's run would replace another one.
     """
-    wheres = [Path(where) for where in (results_dir, mirror_dir) if where]
+    results_dir, mirror_dir = user_path(results_dir), user_path(mirror_dir) if mirror_dir else None
+    wheres = [where for where in (results_dir, mirror_dir) if where]
     if place:
-        folders = [path for path in (Path(place), *(where / place for where in wheres)) if holds_run(path)]
+        folders = [path for path in (user_path(place), *(where / place for where in wheres)) if holds_run(path)]
         if not folders:
-            return adopt(fetch(place, Path(results_dir) / "downloads", sha256, tell=tell), results_dir)
+            return adopt(fetch(place, results_dir / "downloads", sha256, tell=tell), results_dir)
         found = folders[0]
     else:
         folders = [folder for where in wheres for folder in _runs_in(where, tell)]
         if not folders:
             return None
         found = max(folders, key=lambda folder: (folder / RECORD).stat().st_mtime)
-    here = Path(results_dir) / found.name
-    if mirror_dir and found.resolve().parent in (here.resolve().parent, Path(mirror_dir).resolve()):
+    here = results_dir / found.name
+    if mirror_dir and found.resolve().parent in (here.resolve().parent, mirror_dir.resolve()):
         identity = read_record(found).identity
         check_same_run(here, identity)
         Mirror(here, mirror_dir, identity).restore(tell)
@@ -83,6 +85,7 @@ def gather(
     only runs and bundles count, and `report` tells what is left out and why. A place that is named must be a run:
     FileMissingError or another NewLLMError if not.
     """
+    results_dir = user_path(results_dir)
     places = [places] if isinstance(places, (str, Path)) else places
     found: dict[tuple, Run] = {}
 
@@ -93,12 +96,12 @@ def gather(
 
     for place in places:
         if not glob.has_magic(str(place)):
-            run = _run_at(Path(place), results_dir, report)
+            run = _run_at(user_path(place), results_dir, report)
             if run is None:
                 raise FileMissingError(f"{place}: no run's folder and no bundle")
             add(run)
             continue
-        for path in map(Path, sorted(glob.glob(str(place)))):
+        for path in map(Path, sorted(glob.glob(str(user_path(place))))):
             try:
                 run = _run_at(path, results_dir, report)
             except NewLLMError as error:
@@ -123,14 +126,14 @@ def _run_at(path: Path, results_dir: str | Path, report: Callable[[str], None]) 
 
 def _opened(path: Path, results_dir: str | Path, report: Callable[[str], None]) -> Run:
     """The run of a bundle: in a folder of its own, unless it is an earlier state of the run that has its name."""
-    make_folder(Path(results_dir))  # or what stands in its way would look like a run of that name
+    make_folder(user_path(results_dir))  # or what stands in its way would look like a run of that name
     try:
         return open_bundle(path, results_dir)
     except FileTakenError as taken:
         reason = str(taken).partition(";")[0]
     sent = bundle_record(path)
     with contextlib.suppress(NewLLMError):  # no run, or one that cannot be read: it stays as it is
-        here = Run(Path(results_dir) / folder_name(sent["run"], path))
+        here = Run(user_path(results_dir) / folder_name(sent["run"], path))
         sent_step, step = (record.get("step") or 0 for record in (sent, here.record))
         if here.record.identity == sent.get("identity") and step >= sent_step:
             report(f"{path}: holds step {sent_step:,} of {here.folder}, which is at {step:,}: left out")

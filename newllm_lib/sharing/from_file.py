@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import RunConfig
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import last_part, received_config
 from newllm_lib.errors import BundleError, CheckpointError, FileMissingError, FileTakenError, NewLLMError
 from newllm_lib.model.pretrained import export_model
@@ -35,7 +36,7 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
     CheckpointError or BundleError when the file cannot be continued; FileTakenError where the folder holds another
     run. Then nothing is changed.
     """
-    path, results = Path(path), Path(results_dir)
+    path, results = user_path(path), user_path(results_dir)
     if not path.is_file():
         raise FileMissingError(f"{path}: no such file")
     make_folder(results)
@@ -119,7 +120,7 @@ def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, 
             shutil.copytree(opened.folder / MODEL, target, dirs_exist_ok=True)
         return opened.record.model_step
     loaded = load_model(source)
-    export_model(target, loaded.model, loaded.tokenizer)
+    export_model(target, loaded.model, loaded.tokenizer, protocol=loaded.protocol)
     if source == checkpoints.best:
         return None
     warn_on_stderr(

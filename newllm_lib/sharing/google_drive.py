@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
+from newllm_lib.config.places import user_path
 from newllm_lib.errors import ConfigError, DownloadError, MissingPackageError, NetworkError
 from newllm_lib.escaping import say
 from newllm_lib.system.files import file_error, file_errors, make_folder, sha256_of
@@ -41,8 +42,8 @@ def fetch(
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256 := sha256.strip().lower()):
         raise ConfigError(f"sha256 = {sha256!r}: must be 64 hex digits")
-    if Path(source).is_file():
-        return _checked(Path(source), sha256)
+    if user_path(source).is_file():
+        return _checked(user_path(source), sha256)
     file_id = _drive_id(str(source))
     place = Path(folder) / file_id
     for found in sorted(place.glob("*")):

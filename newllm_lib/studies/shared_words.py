@@ -124,12 +124,13 @@ def compare_models(
     is no such split; DataError when the text has changed.
     """
     pair = (load_model(first), load_model(second))
-    config = next((loaded.config.data for loaded in pair if loaded.config), DataConfig())
+    runs = [loaded.config.data for loaded in pair if loaded.config]
+    config = next(iter(runs or [loaded.protocol for loaded in pair if loaded.protocol]), DataConfig())
     prints = {loaded.fingerprint for loaded in pair} - {None}
     if data is None and len(prints) != 1:
         why = "were trained on different texts" if prints else "do not know what text they were trained on"
         raise ConfigError(f"{first} and {second} {why}: say which to score with data= (in the shell --data)")
-    corpus = load_corpus(dataclasses.replace(config, data=data) if data else config)
+    corpus = load_corpus(dataclasses.replace(config, data=data), split) if data else load_corpus(config)
     if data is None and corpus.fingerprint not in prints:
         raise DataError(
             f"data {config.data}: the text has changed since the runs were trained; to score it all the same, name it "

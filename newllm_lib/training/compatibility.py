@@ -21,8 +21,8 @@ def difference(payload: dict[str, Any], setup: Setup) -> str:
     if payload["data_fingerprint"] != setup.prepared.fingerprint:
         return (
             f"the data have changed since this checkpoint: sha256 was {payload['data_fingerprint'][:16]}…, is now "
-            f"{setup.prepared.fingerprint[:16]}…. Restore the old text, or start anew: another name, "
-            "or fresh=True (in the shell --fresh)"
+            f"{setup.prepared.fingerprint[:16]}…{setup.prepared.why_changed}. Restore the old text, or start anew: "
+            "another name, or fresh=True (in the shell --fresh)"
         )
     old, new = payload["config"], setup.config.to_dict()
     changed = [

@@ -72,6 +72,8 @@ def plan_lines(
     if config.mirror_dir:
         kept = "the best, the final and the last two other checkpoints, verified"
         lines.insert(1, ("copy", f"{Path(config.mirror_dir, Path(folder).name)}: {kept}"))
+    if warnings := setup.prepared.warnings:
+        lines.append(("warning", "; ".join(warnings)))
     if speed:
         lines.append(("time", f"about {duration(speed.training_seconds(setup))} of training, validation not counted "
                               f"({speed.tokens_per_second:,.0f} tokens/s, {speed.basis})"))  # fmt: skip

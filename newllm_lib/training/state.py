@@ -79,6 +79,7 @@ class TrainState:
             "val_ppl_known": scores.perplexity_known,
             "val_bits_per_byte": scores.bits_per_byte,  # None for a tokenizer that loses text, as the next
             "val_word_ppl": scores.word_perplexity,
+            "val_bits_per_byte_known": scores.bits_per_byte_known,
             "lr": lr,
             "clip": clip,
             "train_seconds": round(self.train_seconds, 3),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import RunConfig
+from newllm_lib.config.fields import plain_number
+from newllm_lib.config.places import user_path
 from newllm_lib.config.presets import resolve
 from newllm_lib.data.dataset import prepare
 from newllm_lib.data.tokenizer import Tokenizer
@@ -37,7 +39,7 @@ class RangeTest:
     """What a range test saw, and what it suggests."""
 
     rates: list[float]
-    """Peak rate of each step; Muon's own rate rises in proportion."""
+    """Peak rate of each step, that of Adam or AdamW; Muon's own rate rises in proportion."""
     losses: list[float]
     """Loss of each step before its update (nats a token)."""
     smoothed: list[float]
@@ -45,15 +47,32 @@ class RangeTest:
     suggestion: float | None
     """The rate at which the smoothed loss falls fastest per decade; None where it never falls."""
     reason: str
+    muon_ratio: float | None = None
+    """Muon's rate over the other one at every step; None without Muon."""
+
+    @property
+    def muon_rates(self) -> list[float] | None:
+        """Rate of the matrices that Muon updated at each step; None without Muon."""
+        return None if self.muon_ratio is None else [rate * self.muon_ratio for rate in self.rates]
+
+    @property
+    def suggested(self) -> dict[str, float]:
+        """The fields of a run that trains with the suggested rates; empty where there is no suggestion."""
+        if not self.suggestion:
+            return {}
+        return {"lr": self.suggestion} | ({"muon_lr": self.suggestion * self.muon_ratio} if self.muon_ratio else {})
 
     def write(self, folder: str | Path) -> Path:
         """lr_find.csv and lr_find.png in a folder, which is returned."""
-        folder = Path(folder)
+        folder = user_path(folder)
         make_folder(folder)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("rate", "loss", "smoothed"))
-        writer.writerows(zip(self.rates, self.losses, self.smoothed, strict=True))
+        columns = {"rate": self.rates, "loss": self.losses, "smoothed": self.smoothed}
+        if self.muon_rates is not None:
+            columns["muon_rate"] = self.muon_rates
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
         write_text_atomic(folder / "lr_find.csv", text.getvalue())
         _plot(folder / "lr_find.png", self)
         return folder
@@ -78,8 +97,12 @@ def lr_find(
     report(step, rate, loss) after each step.
     ConfigError for a range that is empty or too few steps.
     """
-    if not 0 < low < high < math.inf:
-        raise ConfigError(f"low = {low!r}, high = {high!r}: must be numbers above 0, low below high")
+    low, high = plain_number(low), plain_number(high)
+    for name, rate in (("low", low), ("high", high)):
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"{name} = {rate!r}: must be a number above 0")
+    if low >= high:
+        raise ConfigError(f"low = {low!r}: must be below high = {high!r}")
     if (model is None) != (tokenizer is None):
         raise ConfigError("a model needs the tokenizer that it was trained with, and the other way round: give both")
     if steps < _LEAST_STEPS:
@@ -130,7 +153,8 @@ def _sweep(
                 report(step + 1, lr, loss)
             if step >= _LEAST_STEPS and smoothed[-1] > _DIVERGED * min(smoothed):
                 break
-    return RangeTest(rates, losses, smoothed, *suggest(rates, smoothed))
+    ratio = train.muon_lr / setup.rate.value if train.optimizer == "muon" else None
+    return RangeTest(rates, losses, smoothed, *suggest(rates, smoothed), ratio)
 
 
 def suggest(rates: list[float], smoothed: list[float]) -> tuple[float | None, str]:

@@ -175,6 +175,35 @@ def test_generate_reads_prompts_from_a_file_and_stops_where_told(newllm, trained
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\xef\xbb\xbfw1 w2\r\n\r\nw3 \r\n\r\n \r\n",
+        b"w1 w2\n\nw3 ",
+        b"w1 w2\r\rw3 \r",
+    ],
+    ids=["bom-crlf-blank-end", "no-end-of-line", "cr"],
+)
+def test_prompts_are_the_lines_of_a_file_however_it_was_saved(newllm, trained, tmp_path, raw):
+    (tmp_path / "prompts.txt").write_bytes(raw)
+    many = newllm("generate", "results/small", "--prompts", "prompts.txt", "--tokens", 2, "--json")
+    assert [text["prompt"] for text in json.loads(many.stdout)] == ["w1 w2", "", "w3"]  # a blank one begins a text
+    piped = CliRunner().invoke(
+        main, ["generate", "results/small", "--prompts", "-", "--tokens", "2", "--json"], input=raw
+    )
+    assert [text["prompt"] for text in json.loads(piped.stdout)] == ["w1 w2", "", "w3"]
+
+
+def test_prompts_that_are_not_utf8_are_named_with_file_line_and_encoding(newllm, trained, tmp_path):
+    (tmp_path / "my prompts.txt").write_bytes("w1\nder gr\xf6\xdfte H\xfcgel\n".encode("latin1"))
+    refused = newllm("generate", "results/small", "--prompts", "my prompts.txt")
+    assert refused.exit_code == FAILED
+    assert refused.stderr == (
+        "Error: --prompts my prompts.txt: not UTF-8 at byte 9 (line 2); it is probably CP1252 (Western European); "
+        "convert it: iconv -f CP1252 -t UTF-8 -- 'my prompts.txt' > NEW.txt\n"
+    )
+
+
 def test_interactive_carries_the_text_on(newllm, trained):
     arguments = ["generate", "results/small", "--interactive", "--temperature", "0", "--tokens", "4"]
     result = CliRunner().invoke(main, arguments, input="w1 w2\n\n/new\nw1 w2\n")
@@ -264,7 +293,7 @@ def test_wrong_usage_of_a_trained_model(newllm, arguments, message):
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "empty.txt: the file is empty; it must hold at least one non-blank line"),
-        ("binary.txt", b"\x00\x01\x02" * 50, "binary.txt: holds NUL bytes, so it is a binary file or UTF-16"),
+        ("binary.txt", b"\x00\x01\x02" * 50, "binary.txt: holds NUL bytes, so it is a binary file ; give UTF-8 text"),
         ("latin.txt", b"caf\xe9 au lait\n" * 9, "latin.txt: not UTF-8 at byte 3 (line 1)"),
         (None, None, "missing: no such folder, file or pattern. Give a folder with train.txt and valid.txt"),
     ],

@@ -2,10 +2,13 @@ import ast
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from newllm_lib.config import DataConfig, ModelConfig, RunConfig, TrainConfig, flat_fields, presets
 from newllm_lib.config.fields import field_docs
+from newllm_lib.errors import ConfigError
 
 NOT_IN_IDENTITY = {
     "epochs", "max_steps", "decay_steps", "patience", "min_delta", "micro_batch_size", "validate_every_steps",
@@ -30,7 +33,10 @@ IDENTITY_DEFAULTS = {
 CLIP_RULE = (
     "must be (epoch, norm) pairs with rising epochs, the first 0, and norms above 0, for example ((0, 0.5), (10, 1.0))"
 )
-NAME_RULE = 'must be a plain folder name, without / \\ : * ? " < > | and not starting with a dot'
+NAME_RULE = (
+    'must be a plain folder name of at most 220 bytes, without / \\ : * ? " < > | or control characters, and not '
+    "starting with a dot"
+)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,10 @@ NAME_RULE = 'must be a plain folder name, without / \\ : * ? " < > | and not sta
         (RunConfig, {"name": "a/b"}, f"RunConfig.name = 'a/b': {NAME_RULE}"),
         (RunConfig, {"name": ".."}, f"RunConfig.name = '..': {NAME_RULE}"),
         (RunConfig, {"name": ""}, f"RunConfig.name = '': {NAME_RULE}"),
+        (RunConfig, {"name": "a\nb"}, f"RunConfig.name = 'a\\nb': {NAME_RULE}"),
+        (RunConfig, {"name": "a\0b"}, f"RunConfig.name = 'a\\x00b': {NAME_RULE}"),
+        (RunConfig, {"name": "ü" * 111}, f"RunConfig.name = '{'ü' * 111}': {NAME_RULE}"),
+        (RunConfig, {"results_dir": "a\0b"}, "'a\\x00b': no path may hold a NUL character"),
         (
             TrainConfig,
             {"clip_by_epoch": 5},
@@ -96,6 +106,30 @@ def test_malformed_clipping_is_refused(pairs):
 def test_whole_numbers_become_floats_and_lists_become_tuples():
     train = TrainConfig(lr=1, clip_by_epoch=[[0, 1.0]])
     assert (train.lr, type(train.lr), train.clip_by_epoch) == (1.0, float, ((0, 1.0),))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    train = TrainConfig(
+        lr=np.float32(0.5), seed=np.int64(7), batch_size=np.uint8(4), max_steps=torch.tensor(9), lr_base=np.int32(1),
+        scale_lr_by_model_size=np.bool_(True), optimizer=np.str_("muon"), clip_by_epoch=((np.int64(0), np.float64(1)),),
+    )  # fmt: skip
+    plain = TrainConfig(
+        lr=0.5, seed=7, batch_size=4, max_steps=9, lr_base=1.0, scale_lr_by_model_size=True, optimizer="muon",
+        clip_by_epoch=((0, 1.0),),
+    )  # fmt: skip
+    assert train == plain
+    assert repr(train) == repr(plain)  # and of the same types
+    assert RunConfig(train=train).identity("x") == RunConfig(train=plain).identity("x")
+    for wrong in (np.float64(4), np.array([4]), np.bool_(True)):
+        with pytest.raises(ConfigError, match=r"TrainConfig\.batch_size = "):
+            TrainConfig(batch_size=wrong)
+
+
+def test_the_home_is_put_in_place_of_a_tilde_where_a_field_is_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = RunConfig().replace(data=("~/a.txt", "b~.txt"), results_dir="~/runs", mirror_dir="~", name="~")
+    assert (config.data.data, config.results_dir) == (("/home/me/a.txt", "b~.txt"), "/home/me/runs")
+    assert (config.mirror_dir, config.name) == ("/home/me", "~")
 
 
 def test_replace_routes_flat_names_to_their_sections():

@@ -1,3 +1,4 @@
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from newllm_lib.config import DataConfig
 from newllm_lib.data import corpus
 from newllm_lib.data.corpus import load_corpus, read_texts, split_texts, split_units
+from newllm_lib.errors import ConfigError, DataError
 
 
 def load(*sources, **fields):
@@ -126,13 +128,15 @@ def test_lines_of_a_file(tmp_path, raw, texts):
     [
         (b"", "the file is empty; it must hold at least one non-blank line"),
         (b" \n\n\t\n", "the file is empty; it must hold at least one non-blank line"),
-        (b"PK\x03\x04\x00\x00", "holds NUL bytes, so it is a binary file or UTF-16; save it as UTF-8 text"),
-        ("text".encode("utf-16"), "holds NUL bytes, so it is a binary file or UTF-16; save it as UTF-8 text"),
-        (b"one\ntwo\ncaf\xe9\n", "not UTF-8 at byte 11 (line 3); convert it, for example: iconv -f latin1"),
-        (b"\xef\xbb\xbfone\ncaf\xe9\n", "not UTF-8 at byte 10 (line 2); convert it, for example: iconv -f latin1"),
-        (b"\xef\xbb\xbfa\n\n\xe9\n", "not UTF-8 at byte 6 (line 3); convert it, for example: iconv -f latin1"),
+        (b"\x7fELF\x02\x01\x00\x00", "holds NUL bytes, so it is a binary file; give UTF-8 text"),
+        (
+            b"one\ntwo\ncaf\xe9\n",
+            "not UTF-8 at byte 11 (line 3); it is probably CP1252 (Western European); convert it:",
+        ),
+        (b"\xef\xbb\xbfone\ncaf\xe9\n", "not UTF-8 at byte 10 (line 2); it is probably CP1252"),
+        (b"\xef\xbb\xbfa\n\n\xe9\n", "not UTF-8 at byte 6 (line 3); "),
     ],
-    ids=["empty", "blank", "binary", "utf-16", "latin-1", "latin-1-after-bom", "latin-1-after-bom-and-blank"],
+    ids=["empty", "blank", "binary", "latin-1", "latin-1-after-bom", "latin-1-after-bom-and-blank"],
 )
 def test_an_unreadable_file_says_where_and_what_to_do(tmp_path, raw, message):
     path = tmp_path / "text.txt"
@@ -211,11 +215,90 @@ def test_parts_of_a_file_never_overlap(count, validation_fraction, test_fraction
     assert count < 3 or (validation and test)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_too_few_texts_are_refused(tmp_path, count):
-    path = write_lines(tmp_path / "short.txt", 0, count)
-    with pytest.raises(ValueError, match=rf"short\.txt: {count} texts \(one a line\) are too few for a \w+ split"):
+@pytest.mark.parametrize(
+    ("raw", "unit", "subject", "way_out"),
+    [
+        ("a b c", "line", "1 text (one a line) is", "if its lines are long, cut them: fold -s -w 1000 -- "),
+        ("a\nb\n", "line", "2 texts (one a line) are", "if its lines are long, cut them: fold -s -w 1000 -- "),
+        ("a\nb\nc\n", "paragraph", "1 text (one a paragraph) is", "use text_unit line (in the shell --text-unit). Or"),
+        (
+            "a\nb\nc\n",
+            "file",
+            "1 text (one a file) is",
+            "use text_unit line or paragraph (in the shell --text-unit). Or",
+        ),
+    ],
+)
+def test_too_few_texts_are_refused_with_what_makes_more_of_them(tmp_path, raw, unit, subject, way_out):
+    path = tmp_path / "short.txt"
+    path.write_text(raw)
+    with pytest.raises(DataError) as refused:
+        load(path, text_unit=unit)
+    reason = "too few for train, validation and test (validation would be empty)"
+    assert f"short.txt: {subject} {reason}; {way_out}" in str(refused.value)
+
+
+def test_one_long_line_can_be_cut_by_the_command_that_is_named(tmp_path):
+    path = tmp_path / "text8 of mine.txt"
+    path.write_text("one of several words in a very long line " * 200)
+    with pytest.raises(DataError) as refused:
         load(path)
+    command = re.search(r"fold .* NEW\.txt", str(refused.value))[0]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    splits = load(tmp_path / "NEW.txt").splits
+    assert {split: len(texts) for split, texts in splits.items()} == {"train": 7, "validation": 1, "test": 1}
+    assert "".join(text for texts in splits.values() for text in texts) == path.read_text()
+
+
+def test_shares_that_leave_nothing_to_train_on_are_named(tmp_path):
+    with pytest.raises(DataError) as refused:
+        load(write_lines(tmp_path / "a.txt", 0, 4), validation_fraction=0.5, test_fraction=0.5)
+    assert "validation_fraction = 0.5 and test_fraction = 0.5 leave none of 4 texts (one a line) to" in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize(("name", "unit"), [("builtin", "file"), ("wikitext-2", "paragraph")])
+def test_a_named_text_comes_in_its_own_unit(name, unit):
+    with pytest.raises(ConfigError, match=rf"text_unit = '{unit}': the texts of {name} are (paragraph|line)s"):
+        load(name, text_unit=unit)
+    assert load("builtin", text_unit="paragraph") == load("builtin")
+
+
+# --- a text that is only scored ---------------------------------------------------------------------------------
+
+
+def test_only_the_split_that_is_scored_has_to_be_there(write_corpus):
+    folder = write_corpus(train=None, valid=None, test=["a", "b"])
+    assert load_corpus(DataConfig(data=folder), "test").splits == {"test": ["a", "b"]}
+    assert load_corpus(DataConfig(data=folder), "all").splits == {"test": ["a", "b"]}
+    with pytest.raises(DataError, match=r"no validation split\..* To score all that is there: split='all'"):
+        load_corpus(DataConfig(data=folder), "validation")
+
+
+def test_files_that_are_scored_as_a_whole_are_not_cut(tmp_path):
+    first, second = write_lines(tmp_path / "a.txt", 0, 1), write_lines(tmp_path / "b.txt", 10, 4)
+    whole = load_corpus(DataConfig(data=f"{tmp_path}/*.txt"), "all")
+    assert whole.splits == {"all": [*lines(0, 1), *lines(10, 14)]}
+    assert load_corpus(DataConfig(data=str(first)), "all").splits == {"all": ["line 0"]}
+    assert whole.fingerprint != load_corpus(DataConfig(data=str(second)), "all").fingerprint
+
+
+# --- what is told of a text -------------------------------------------------------------------------------------
+
+
+def test_validation_texts_that_stand_in_training_are_told(write_corpus):
+    texts = [f"this is the text number {number}" for number in range(10)]
+    (note,) = load(write_corpus(train=texts, valid=["some other text", texts[3], f" {texts[4]}"])).notes
+    assert note == (
+        "2 of 3 validation texts (76.9% of the characters) also stand in training, word for word, so the scores are "
+        "better than on new text"
+    )
+    assert load(write_corpus("good", train=texts, valid=["some other text"])).notes == ()
+
+
+def test_the_headings_of_wikitext_are_no_reason_to_warn(wikitext):
+    assert load(wikitext).notes == ()
 
 
 def test_an_unknown_source_says_what_would_do(tmp_path):

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from newllm_lib.config import RunConfig
-from newllm_lib.data import dataset as room
 from newllm_lib.data.dataset import Split, cache_folder, prepare
 from newllm_lib.data.tokenizer import WordTokenizer
 
@@ -149,5 +148,5 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("NEWLLM_CACHE")
     assert str(cache_folder()) == "/xdg/newllm_lib"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(room.Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "newllm_lib"

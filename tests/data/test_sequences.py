@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from newllm_lib.config import RunConfig, published
 from newllm_lib.data.dataset import prepare
-from newllm_lib.data.sequences import EncodedTexts, stream, target_lengths, windows
+from newllm_lib.data.sequences import EncodedTexts, stream, target_lengths, used_share, windows
 
 PAD, BOS, EOS = 0, 2, 3
 
@@ -75,6 +75,25 @@ def test_windows_are_the_published_protocol(texts, length, stride, min_words):
     assert rows_of(texts, length=length, stride=stride, min_words=min_words) == published_windows(
         texts, length, stride, min_words
     )
+
+
+@given(texts_of_ids, st.integers(2, 9), st.integers(0, 20), st.integers(0, 4))
+def test_the_share_of_the_targets_that_a_long_stride_uses(texts, length, more, least):
+    stride = length - 1 + more
+    rows = windows(EncodedTexts.from_lists(texts), length, stride, least)
+    targets = sum(len(text) + 1 for text in texts if len(text) >= least)
+    expected = int(target_lengths(rows).sum()) / targets if targets else 0
+    assert used_share(EncodedTexts.from_lists(texts), length, stride, least) == pytest.approx(expected)
+
+
+def test_three_windows_of_eight_every_thirty_two_use_a_quarter():
+    texts = EncodedTexts.from_lists([[4] * 83])  # 84 targets, of which the windows at 0, 32 and 64 have 7 each
+    assert used_share(texts, 8, 32, 5) == 21 / 84
+
+
+def test_texts_of_several_splits_are_joined_in_their_order():
+    joined = EncodedTexts.joined([EncodedTexts.from_lists([[4, 5], []], 2), EncodedTexts.from_lists([[6]], 1)])
+    assert ([list(joined[index]) for index in range(len(joined))], joined.num_words) == ([[4, 5], [], [6]], 3)
 
 
 # --- the stream -------------------------------------------------------------------------------------------------

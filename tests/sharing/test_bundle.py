@@ -44,7 +44,7 @@ def logits(place):
 def test_an_exported_model_gives_the_same_logits(run, tmp_path):
     export(run, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "data.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
     assert torch.equal(logits(tmp_path / "out"), run.model(TOKENS)[0])
     assert torch.equal(NewLLM.from_pretrained(tmp_path / "out")(TOKENS)[0], run.model(TOKENS)[0])
@@ -108,7 +108,7 @@ def test_push_to_hub_sends_weights_card_and_tokenizer(run, monkeypatch):
     )
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
     run.model.push_to_hub("someone/small")
-    assert set(sent) == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert set(sent) == {"README.md", "config.json", "data.json", "model.safetensors", "tokenizer.json"}
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------

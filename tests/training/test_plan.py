@@ -9,7 +9,7 @@ from newllm_lib.runs import recorder
 from newllm_lib.runs.recorder import Recorder
 from newllm_lib.system.hardware import Machine, Precision
 from newllm_lib.training import setup as setups
-from newllm_lib.training.plan import unfaithful_reason
+from newllm_lib.training.plan import plan_lines, unfaithful_reason
 from newllm_lib.training.setup import make_setup
 
 # --- the batch --------------------------------------------------------------------------------------------------
@@ -50,6 +50,25 @@ def test_a_text_read_otherwise_is_not_taken_for_this_one(text, changes):
     earlier = make_setup(tiny_config(text, vocab_size=40))
     with pytest.raises(AssertionError, match="another text or tokenizer"):
         make_setup(tiny_config(text, vocab_size=40).replace(**changes), prepared=earlier.prepared)
+
+
+# --- what the text is warned of --------------------------------------------------------------------------------------
+
+
+def test_a_stride_that_leaves_gaps_is_told_with_the_share_that_is_used(text):
+    shown = {}
+    for stride in (7, 8):
+        setup = make_setup(tiny_config(text, sequence_length=8, stride=stride))
+        shown[stride] = dict(plan_lines(setup, "run")).get("warning")
+    assert shown[7].endswith("so the scores are better than on new text")  # it leaves no gap
+    texts = [line.split() for line in (text / "train.txt").read_text().splitlines()]
+    targets = sum(len(words) + 1 for words in texts)
+    used = sum(min(len(words) + 1, 7 * (max(0, len(words) + 2 - 8) // 8 + 1)) for words in texts)
+    assert shown[8].removeprefix(shown[7]) == (
+        f"; stride 8 with sequence_length 8 trains on {used / targets:.1%} of the tokens: the rest lies between two "
+        "windows; a stride up to 7 leaves no gap"
+    )
+    assert make_setup(tiny_config(text, sequence_length=8, stride=8, layout="stream")).prepared.warnings == (shown[7],)
 
 
 # --- the precision ----------------------------------------------------------------------------------------------

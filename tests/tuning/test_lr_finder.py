@@ -1,4 +1,5 @@
 import csv
+import math
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from newllm_lib.data.dataset import prepare
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.training.setup import make_setup
+from newllm_lib.training.step import optimizer_step
+from newllm_lib.tuning import lr_finder
 from newllm_lib.tuning.lr_finder import RangeTest, lr_find, suggest
 
 
@@ -72,18 +75,42 @@ def test_the_suggestion_is_the_steepest_place_before_the_lowest():
     assert suggest([], [])[0] is None
 
 
+def test_the_rates_that_are_told_are_those_that_were_trained_with(config, monkeypatch):
+    seen = []
+
+    def step(model, optimizers, *arguments, **options):
+        seen.append({type(one).__name__: {group["lr"] for group in one.param_groups} for one in optimizers})
+        return optimizer_step(model, optimizers, *arguments, **options)
+
+    monkeypatch.setattr(lr_finder, "optimizer_step", step)
+    found = lr_find(config.replace(optimizer="muon", lr=1e-3, muon_lr=0.02), low=1e-4, high=1e-2, steps=12)
+    assert [one for rates in seen for one in rates["AdamW"]] == pytest.approx(found.rates)
+    assert [one for rates in seen for one in rates["Muon"]] == pytest.approx(found.muon_rates)
+    assert found.muon_rates[0] == pytest.approx(20 * 1e-4)  # 0.02 / 1e-3 times the other rate
+    assert found.suggested == {"lr": found.suggestion, "muon_lr": pytest.approx(20 * found.suggestion)}
+    adam = lr_find(config, low=1e-4, high=1e-2, steps=12)
+    assert (adam.muon_rates, adam.suggested) == (None, {"lr": adam.suggestion})
+
+
 def test_what_it_leaves_in_a_folder(tmp_path):
     RangeTest([1e-3, 1e-2], [2.0, 1.5], [2.0, 1.7], 1e-2, "a reason").write(tmp_path / "out")
     assert (tmp_path / "out" / "lr_find.png").read_bytes().startswith(b"\x89PNG")
     with open(tmp_path / "out" / "lr_find.csv") as file:
         assert list(csv.reader(file)) == [["rate", "loss", "smoothed"], ["0.001", "2.0", "2.0"], ["0.01", "1.5", "1.7"]]
+    RangeTest([1e-3, 1e-2], [2.0, 1.5], [2.0, 1.7], 1e-2, "a reason", 20.0).write(tmp_path / "muon")
+    header, first, _ = (tmp_path / "muon" / "lr_find.csv").read_text().splitlines()
+    assert (header, first) == ("rate,loss,smoothed,muon_rate", "0.001,2.0,2.0,0.02")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low": 0}, "low = 0, high = 1.0: must be numbers above 0, low below high"),
-        ({"low": 2.0}, "low = 2.0, high = 1.0"),
+        ({"low": 0}, "low = 0: must be a number above 0"),
+        ({"low": math.nan}, "low = nan: must be a number above 0"),
+        ({"high": math.inf}, "high = inf: must be a number above 0"),
+        ({"high": -1.0}, "high = -1.0: must be a number above 0"),
+        ({"low": 2.0}, "low = 2.0: must be below high = 1.0"),
+        ({"low": 1.0}, "low = 1.0: must be below high = 1.0"),
         ({"steps": 9}, "steps = 9: must be a whole number from 10"),
     ],
 )

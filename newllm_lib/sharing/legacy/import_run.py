@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import SPECIAL_TOKENS, ModelConfig, RunConfig, flat_fields, presets, published
+from newllm_lib.config.places import user_path
 from newllm_lib.data.dataset import Prepared, prepare
 from newllm_lib.errors import ConfigError, DataError, RunError
 from newllm_lib.evaluation import Metrics, evaluate_split
@@ -50,7 +51,7 @@ def import_run(
     another size than the model, ConfigError where the preset has another shape; NetworkError, FileError or DataError
     where the text cannot be had. In each case nothing is left behind.
     """
-    old = read_old(Path(path))
+    old = read_old(user_path(path))
     history, recipe = read_history(old), old.recipe()
     config = _run_config(old, recipe, preset).replace(
         name=name or old.path.stem, results_dir=results_dir, data=data, tokenizer="words"
@@ -66,7 +67,7 @@ def import_run(
     record.samples = _samples(model, prepared)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        export_model(temporary / MODEL, model, prepared.tokenizer)
+        export_model(temporary / MODEL, model, prepared.tokenizer, protocol=prepared.config.data)
         write_record(temporary, record)
         write_history(temporary, history.rows)
         if history.rows:

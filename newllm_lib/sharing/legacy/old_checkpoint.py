@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from newllm_lib.config import ModelConfig, RunConfig
+from newllm_lib.config.places import user_path
 from newllm_lib.errors import CheckpointError, ConfigError
 from newllm_lib.evaluation import perplexity
 from newllm_lib.model.newllm import NewLLM
@@ -89,7 +90,7 @@ def import_checkpoint(path: str | Path) -> NewLLM:
     FileMissingError where there is no file; CheckpointError for one that is damaged, holds more than tensors, plain
     values and one configuration, or whose tensors are not those of a New-LLM: it says which, and what would be right.
     """
-    return read_old(Path(path)).model()
+    return read_old(user_path(path)).model()
 
 
 def read_old(path: Path) -> OldFile:

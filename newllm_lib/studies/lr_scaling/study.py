@@ -19,6 +19,7 @@ import numpy as np
 
 from newllm_lib import runs
 from newllm_lib.config import PAD, RunConfig, presets
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import portable_config
 from newllm_lib.config.presets import resolve
 from newllm_lib.data.dataset import Split
@@ -121,7 +122,7 @@ class LrScalingStudy:
 
     def write(self, folder: str | Path) -> Path:
         """study.json, two tables as .csv, lr_scaling.png and lr_scaling.md in a folder, which is returned."""
-        folder = Path(folder)
+        folder = user_path(folder)
         make_folder(folder)
         for name, frame in (("lr_scaling", self.table), ("histories", self.histories)):
             write_text_atomic(folder / f"{name}.csv", csv_text(frame, index=False))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from newllm_lib import runs
 from newllm_lib.config import RunConfig
+from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import portable_config
 from newllm_lib.config.presets import resolve
 from newllm_lib.errors import ConfigError
@@ -78,7 +79,7 @@ class PrecisionStudy:
 
     def write(self, folder: str | Path) -> Path:
         """study.json, steps.csv, validations.csv, precisions.png and precisions.md in a folder, which is returned."""
-        folder = Path(folder)
+        folder = user_path(folder)
         make_folder(folder)
         for name in ("steps", "validations"):
             write_text_atomic(folder / f"{name}.csv", csv_text(getattr(self, name), index=False))
@@ -90,7 +91,7 @@ class PrecisionStudy:
     @classmethod
     def read(cls, folder: str | Path) -> PrecisionStudy:
         """The finished study in a folder; FileMissingError where there is none, RunError where it is damaged."""
-        folder = Path(folder)
+        folder = user_path(folder)
         record = read_json(folder / "study.json")
         steps, validations = (read_table(folder / f"{name}.csv") for name in ("steps", "validations"))
         return cls(folder, record, steps, validations)

@@ -436,7 +436,7 @@ def test_an_import_leaves_the_folder_of_a_run(tmp_path, text, old):
     assert folder == tmp_path / "results" / "best_l4"
     assert contents(tmp_path / "results") == ["best_l4"]
     assert contents(folder) == ["curves.png", "history.csv", "model", "report.md", "run.json"]
-    assert contents(folder / "model") == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert contents(folder / "model") == ["config.json", "data.json", "model.safetensors", "tokenizer.json"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((folder / "history.csv").open()))
     assert tuple(rows[0]) == HISTORY_COLUMNS
