@@ -294,9 +294,9 @@ def test_what_an_error_suggests(name, tmp_path, monkeypatch):
     (folder / "odd.txt").write_bytes(b"\xe9t\xe9\n")
     with pytest.raises(ValueError, match="not UTF-8") as error:
         load_corpus(nl.DataConfig(data=f"{name}/odd.txt" if "[" not in name else str(folder / "odd.txt")))
-    suggested = str(error.value).rpartition("for example: ")[2]
-    done = subprocess.run(["bash", "-c", suggested], cwd=tmp_path, capture_output=True, check=True)
-    assert done.stdout.decode() == "été\n"
+    suggested = str(error.value).rpartition("convert it: ")[2]
+    subprocess.run(["bash", "-c", suggested], cwd=tmp_path, check=True)
+    assert (tmp_path / "NEW.txt").read_text(encoding="utf-8") == "été\n"
     assert not (tmp_path / "pwned").exists()
 
 

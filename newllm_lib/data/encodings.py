@@ -128,7 +128,7 @@ def _likely(raw: bytes, start: int, path: Path | str) -> str:
     if scores[name] > 0.5:
         return f"it is probably {name} (Japanese); convert it: {_iconv(name, path)}"
     foreign = _FOREIGN.findall(western) if (western := _reads(sample, "CP1252")) else []
-    if foreign and len(_WESTERN.findall(western)) >= 0.9 * len(foreign) and len(foreign) < 0.3 * len(western):
+    if foreign and len(_WESTERN.findall(western)) >= 0.9 * len(foreign) and len(foreign) < 0.7 * len(western):
         return f"it is probably CP1252 (Western European); convert it: {_iconv('CP1252', path)}"
     return "save it as UTF-8 with the program that wrote it, or convert it from its encoding: iconv -l names them"
 

@@ -293,7 +293,7 @@ def test_wrong_usage_of_a_trained_model(newllm, arguments, message):
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "empty.txt: the file is empty; it must hold at least one non-blank line"),
-        ("binary.txt", b"\x00\x01\x02" * 50, "binary.txt: holds NUL bytes, so it is a binary file ; give UTF-8 text"),
+        ("binary.txt", b"\x00\x01\x02" * 50, "binary.txt: holds NUL bytes, so it is a binary file; give UTF-8 text"),
         ("latin.txt", b"caf\xe9 au lait\n" * 9, "latin.txt: not UTF-8 at byte 3 (line 1)"),
         (None, None, "missing: no such folder, file or pattern. Give a folder with train.txt and valid.txt"),
     ],
