@@ -38,6 +38,8 @@ def find_run(
     wheres = [Path(where) for where in (results_dir, mirror_dir) if where]
     if place:
         folders = [path for path in (Path(place), *(where / place for where in wheres)) if holds_run(path)]
+        if not folders and Path(place).is_dir():
+            raise FileMissingError(f"{place}: no run here (there is no run.json in it)")
         if not folders:
             return adopt(fetch(place, Path(results_dir) / "downloads", sha256, tell=tell), results_dir)
         found = folders[0]

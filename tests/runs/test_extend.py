@@ -161,6 +161,8 @@ def test_a_run_is_found_by_its_name_here_and_in_the_copy(text, tmp_path):
         shutil.rmtree(there.folder)
     with pytest.raises(ValueError, match="'nowhere': must be a file on this machine, the id of a file"):
         nl.find_run("nowhere", results_dir=results, mirror_dir=drive)
+    with pytest.raises(FileNotFoundError, match="results: no run here"):
+        nl.find_run(results, results_dir=results)
 
 
 @pytest.mark.parametrize("record", [True, False])
