@@ -49,7 +49,7 @@ def compare(
     found = comparison.collect(runs, published=published)
     if out is not None:
         write(found, out)
-        echo(f"left in {out}/: comparison.md, comparison.csv, comparison.json, comparison.png", err=True)
+        echo(f"written to {out}/: comparison.md, comparison.csv, comparison.json, comparison.png", err=True)
     if as_csv:
         echo_exact(csv_text(frame(found)), nl=False)
         echo("\n".join(found.notes), err=True)

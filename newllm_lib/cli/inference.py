@@ -51,8 +51,8 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
 
 @click.command()
 @click.argument("run")
-@click.option("--prompt", "prompts", multiple=True, help="Text to go on from; repeat for several (none: a new text).")
-@click.option("--prompts", "file", type=click.File("rb"), help="UTF-8 file with a prompt a line (- = stdin).")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; repeat for several (none: a new text).")
+@click.option("--prompts", "file", type=click.File("rb"), help="UTF-8 file with one prompt per line (- = stdin).")
 @click.option("--tokens", "max_new_tokens", default=60, show_default=True, help="Most new tokens.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=0, show_default=True, help="Draw from this many of the likeliest tokens (0 = all).")
@@ -120,7 +120,7 @@ def _texts(model, tokenizer, prompts: list[str], seed: int | None, options: dict
 
 def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
     """Read a line, write its continuation as it comes, until the end of the input or Ctrl-C at the prompt."""
-    echo("a line goes on the text; an empty one lets the model go on; /new begins a text; Ctrl-D ends", err=True)
+    echo("Type text to append it. Enter alone lets the model continue. /new starts a new text, Ctrl-D quits.", err=True)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")

@@ -41,4 +41,4 @@ def import_(
         echo_json(record | {"folder": str(folder)})
         return
     echo("\n".join(f"{title:>14}  {text}" for title, text in record["plan"]))
-    echo(f"left in {folder}/: {contents(folder)}")
+    echo(f"written to {folder}/: {contents(folder)}")

@@ -27,7 +27,7 @@ def export(run: str, folder: Path, half: bool) -> None:
 @click.command()
 @click.argument("run")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="The file (default: RUN's folder + .zip).")
-@click.option("--checkpoint", is_flag=True, help="Take the newest training state along, to go on elsewhere.")
+@click.option("--checkpoint", is_flag=True, help="Include the newest checkpoint, so that the run can be continued.")
 def bundle(run: str, out: Path | None, checkpoint: bool) -> None:
     """Write RUN (a run's folder) as one file to hand on: weights, tokenizer, history, plots, report, hashes."""
     from newllm_lib.sharing import bundle as bundles

@@ -116,7 +116,7 @@ def _show(study: Any, as_json: bool, files: str) -> None:
     else:
         echo("\n".join(f"- {sentence}" for sentence in study.findings))
         echo("\n" + study.table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
-    echo(f"left in {study.folder}/: {files}", err=True)
+    echo(f"written to {study.folder}/: {files}", err=True)
 
 
 @click.command()
@@ -146,4 +146,4 @@ def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Pat
         echo_json(result)
     else:
         echo(table_text(result))
-    echo(f"left in {out}/: bench.json, bench.md, bench.png", err=True)
+    echo(f"written to {out}/: bench.json, bench.md, bench.png", err=True)

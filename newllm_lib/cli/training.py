@@ -57,7 +57,7 @@ def _continuing_options(function: Callable) -> Callable:
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON.")
 @_continuing_options
 def continue_(place: str, sha256: str | None, plan_only: bool, as_json: bool, **options: Any) -> None:
-    """Train a run on, to its own end, or to a new one: --epochs or --max-steps.
+    """Continue a run to its planned end, or to a later one set with --epochs or --max-steps.
 
     PLACE is the run's folder or name, a bundle with a checkpoint, a checkpoint file, or the id of such a file on Google
     Drive; left out, it is the newest run of --results-dir and of the copies in --mirror-dir. A rate that decays to an
@@ -112,7 +112,7 @@ def _print_run(run, as_json: bool) -> None:
             echo(f"  PPL {level:5.2f}  {reached:22}  (published: {title})")
     for sample in (run.record.samples or [])[:1]:
         echo(f"\nsample: {sample}")
-    echo(f"\nleft in {run.folder}/: {contents(run.folder)}")
+    echo(f"\nwritten to {run.folder}/: {contents(run.folder)}")
 
 
 @click.command("presets")

@@ -176,7 +176,7 @@ def _known_rows(best: dict[str, Any], unknown: float | None) -> list[tuple[str, 
     share = "" if unknown is None else f"{unknown:.1%}"
     return [
         ("known-word perplexity", _cell(best, "val_ppl_known", ".2f"), "the same over targets that are not `<UNK>`"),
-        ("unknown share", share, "targets that are `<UNK>`: what saying it always would score"),
+        ("unknown share", share, "targets that are `<UNK>`: the accuracy of always predicting it"),
     ]
 
 

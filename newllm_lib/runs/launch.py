@@ -118,9 +118,10 @@ def _continue(trainer: Trainer, earlier: RunRecord, progress: Progress) -> None:
 
 def _how_to_extend(trainer: Trainer) -> str:
     if trainer.ended() == "stopped early":
-        return "more: a larger patience; anew: fresh"
+        return "to train longer, raise patience; to start over, pass fresh=True (--fresh)"
     decays = trainer.setup.config.train.lr_schedule != "constant"
-    return "more: epochs or max_steps" + (" with decay_steps" if decays else "") + "; anew: fresh"
+    longer = "raise epochs, or max_steps" + (" together with decay_steps" if decays else "")
+    return f"to train longer, {longer}; to start over, pass fresh=True (--fresh)"
 
 
 def _fit(trainer: Trainer, recorder: Recorder, progress: Progress, mirror: Mirror | None) -> Run:

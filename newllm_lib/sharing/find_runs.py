@@ -40,6 +40,8 @@ def find_run(
     wheres = [where for where in (results_dir, mirror_dir) if where]
     if place:
         folders = [path for path in (user_path(place), *(where / place for where in wheres)) if holds_run(path)]
+        if not folders and user_path(place).is_dir():
+            raise FileMissingError(f"{place}: no run here (there is no run.json in it)")
         if not folders:
             return adopt(fetch(place, results_dir / "downloads", sha256, tell=tell), results_dir)
         found = folders[0]

@@ -67,7 +67,7 @@ def fetch(
 
 def _checked(path: Path, sha256: str | None) -> Path:
     if sha256 is not None and (found := sha256_of(path)) != sha256:
-        raise DownloadError(f"{path.name}: another file than was asked for: its sha256 is {found}, wanted was {sha256}")
+        raise DownloadError(f"{path.name}: sha256 mismatch: expected {sha256}, got {found}")
     return path
 
 

@@ -53,9 +53,8 @@ def test_training_prints_the_table_and_where_everything_is(trained):
     assert "small: finished" in trained.stdout
     assert "val PPL" in trained.stdout
     assert "best validation perplexity" in trained.stdout
-    assert (
-        "left in results/small/: report.md, curves.png, history.csv, run.json, model/, checkpoints/" in trained.stdout
-    )
+    files = "report.md, curves.png, history.csv, run.json, model/, checkpoints/"
+    assert f"written to results/small/: {files}" in trained.stdout
     assert "precision  fp32: as requested" in trained.stderr
     assert "published" not in trained.stdout  # this text is not the one the published figures are for
 
@@ -69,6 +68,7 @@ def test_a_second_call_says_that_the_run_is_finished(newllm, text, trained):
     again = newllm("train", "quickstart", "--data", text, *TINY, "--max-steps", 6, "--name", "small")
     assert again.exit_code == 0
     assert "this run has already finished" in again.stderr
+    assert "to start over, pass fresh=True (--fresh)" in again.stderr
     assert again.stdout == trained.stdout
 
 
@@ -97,7 +97,7 @@ def test_a_bundle_goes_on_and_its_hash_is_checked(newllm, trained, tmp_path):
     assert (tmp_path / "there" / "small" / "model" / "model.safetensors").is_file()
     other = newllm("continue", "small.zip", "--sha256", "0" * 64, "--results-dir", "elsewhere")
     assert (other.exit_code, other.stdout) == (FAILED, "")
-    assert "small.zip: another file than was asked for" in other.stderr
+    assert "small.zip: sha256 mismatch: expected " in other.stderr
     assert not (tmp_path / "elsewhere").exists()
 
 

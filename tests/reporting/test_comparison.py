@@ -526,7 +526,7 @@ def test_the_command_writes_a_folder_and_prints_json_or_csv(newllm, make, tmp_pa
     make("first", row(1, 9.0))
     result = newllm("first", "--out", "here", "--json")
     assert json.loads(result.stdout)["rows"][0]["run"] == "first"
-    assert "left in here/: comparison.md, comparison.csv, comparison.json, comparison.png" in result.stderr
+    assert "written to here/: comparison.md, comparison.csv, comparison.json, comparison.png" in result.stderr
     assert len(list((tmp_path / "here").iterdir())) == 4
     result = newllm("first", "--csv")
     assert result.stdout == (tmp_path / "here" / "comparison.csv").read_text()

@@ -118,7 +118,7 @@ def test_a_bundle_and_a_checkpoint_are_taken_in_and_their_hash_is_checked(text, 
         assert found.folder == tmp_path / f"elsewhere{number}" / run.folder.name
         longer = nl.train(nl.extended(found, epochs=3, data=run.config.data.data), progress=Progress())
         assert longer.record["step"] == run.record["step"] * 3 // 2
-    with pytest.raises(ValueError, match="another file than was asked for"):
+    with pytest.raises(ValueError, match="sha256 mismatch: expected 0000"):
         nl.find_run(bundle, results_dir=tmp_path / "nowhere", sha256="0" * 64)
     with pytest.raises(ValueError, match="must be a file on this machine, the id of a file"):
         nl.find_run("no such file", results_dir=tmp_path / "nowhere")
@@ -161,6 +161,8 @@ def test_a_run_is_found_by_its_name_here_and_in_the_copy(text, tmp_path):
         shutil.rmtree(there.folder)
     with pytest.raises(ValueError, match="'nowhere': must be a file on this machine, the id of a file"):
         nl.find_run("nowhere", results_dir=results, mirror_dir=drive)
+    with pytest.raises(FileNotFoundError, match="results: no run here"):
+        nl.find_run(results, results_dir=results)
 
 
 @pytest.mark.parametrize("record", [True, False])

@@ -554,7 +554,7 @@ def test_the_command(text, tmp_path, monkeypatch):
     assert "run 2 of 2: bf16" in result.stderr
     again = CliRunner().invoke(main, call)
     assert again.stdout.startswith("- fp32 and bf16 on ")
-    assert "left in results/precisions-" in again.stderr
+    assert "written to results/precisions-" in again.stderr
     refused = CliRunner().invoke(main, ["precisions", "--precision", "bf16"])
     assert refused.exit_code == 2
     assert "name them with --formats" in refused.stderr

@@ -664,7 +664,7 @@ def test_the_command_tells_what_was_found(newllm, text, old):
     assert any(line.startswith(history) for line in lines)
     assert "not recognised  gradient_clip = 1, device = 'cuda', use_amp = True" in lines
     assert any(line.startswith("   scored here  PPL ") for line in lines)
-    assert lines[-2] == "left in kept/mine/: report.md, curves.png, history.csv, run.json, model/"
+    assert lines[-2] == "written to kept/mine/: report.md, curves.png, history.csv, run.json, model/"
     assert nl.load("kept/mine").best["val_ppl"] == 25.8
 
 
