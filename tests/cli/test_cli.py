@@ -175,28 +175,16 @@ def test_generate_reads_prompts_from_a_file_and_stops_where_told(newllm, trained
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"\xef\xbb\xbfw1 w2\r\n\r\nw3 \r\n\r\n \r\n",
-        b"w1 w2\n\nw3 ",
-        b"w1 w2\r\rw3 \r",
-    ],
-    ids=["bom-crlf-blank-end", "no-end-of-line", "cr"],
-)
-def test_prompts_are_the_lines_of_a_file_however_it_was_saved(newllm, trained, tmp_path, raw):
-    (tmp_path / "prompts.txt").write_bytes(raw)
-    many = newllm("generate", "results/small", "--prompts", "prompts.txt", "--tokens", 2, "--json")
-    assert [text["prompt"] for text in json.loads(many.stdout)] == ["w1 w2", "", "w3"]  # a blank one begins a text
-    piped = CliRunner().invoke(
-        main, ["generate", "results/small", "--prompts", "-", "--tokens", "2", "--json"], input=raw
-    )
-    assert [text["prompt"] for text in json.loads(piped.stdout)] == ["w1 w2", "", "w3"]
-
-
-def test_prompts_that_are_not_utf8_are_named_with_file_line_and_encoding(newllm, trained, tmp_path):
+def test_prompts_are_the_lines_of_a_file_however_it_was_saved(newllm, trained, tmp_path):
+    arguments = ["generate", "results/small", "--tokens", "2", "--json", "--prompts"]
+    for raw in (b"\xef\xbb\xbfw1 w2\r\n\r\nw3 \r\n\r\n \r\n", b"w1 w2\n\nw3 ", b"w1 w2\r\rw3 \r"):
+        (tmp_path / "prompts.txt").write_bytes(raw)
+        many = newllm(*arguments, "prompts.txt")
+        assert [text["prompt"] for text in json.loads(many.stdout)] == ["w1 w2", "", "w3"]  # a blank one begins a text
+        piped = CliRunner().invoke(main, [*arguments, "-"], input=raw)
+        assert [text["prompt"] for text in json.loads(piped.stdout)] == ["w1 w2", "", "w3"]
     (tmp_path / "my prompts.txt").write_bytes("w1\nder gr\xf6\xdfte H\xfcgel\n".encode("latin1"))
-    refused = newllm("generate", "results/small", "--prompts", "my prompts.txt")
+    refused = newllm(*arguments, "my prompts.txt")
     assert refused.exit_code == FAILED
     assert refused.stderr == (
         "Error: --prompts my prompts.txt: not UTF-8 at byte 9 (line 2); it is probably CP1252 (Western European); "
