@@ -41,7 +41,7 @@ def probe(
     """Show this machine, or find the batch with which PRESET should train on it.
 
     Without PRESET: memory, the precision and engine that `auto` takes and why, and the product rates. With PRESET: real
-    steps of a throw-away copy at growing batches, each told on standard error; what was found is remembered for
+    steps of a throw-away copy at growing batches, each reported on standard error; what was found is remembered for
     `--batch-policy`. Options as for `newllm train`.
     """
     from newllm_lib import tuning
@@ -108,7 +108,7 @@ def lr_find(
         echo_json({name: getattr(found, name) for name in fields})
     else:
         echo("\n".join(_range_test_lines(found, preset)))
-    echo(f"left in {out}/: lr_find.png, lr_find.csv", err=True)
+    echo(f"written to {out}/: lr_find.png, lr_find.csv", err=True)
 
 
 def _range_test_lines(found: Any, preset: str) -> list[str]:

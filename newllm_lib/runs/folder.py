@@ -152,8 +152,9 @@ def decided_in(payload: dict[str, Any]) -> dict[str, Any]:
 def checkpoints_gone(folder: Path, step: int) -> str:
     """Why a run that has a record cannot be continued."""
     return (
-        f"{folder}: the checkpoints of this run are gone (it was at step {step:,}); fresh=True (in the shell --fresh) "
-        "keeps what is left under another name and starts over"
+        f"{folder}: the checkpoints of this run are gone (it was at step {step:,}), or did not come with it: a bundle "
+        "holds one if it is made with checkpoint=True (--checkpoint). fresh=True (in the shell --fresh) keeps what is "
+        "left under another name and starts over"
     )
 
 

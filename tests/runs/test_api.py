@@ -239,7 +239,7 @@ def _of_a_later_version(checkpoints):
         (_of_a_later_version, r"done_final\.pt: format version 2, this library reads up to 1; upgrade it"),
         (
             shutil.rmtree,
-            r"the checkpoints of this run are gone \(it was at step 16\); fresh=True .in the shell --fresh. keeps",
+            r"the checkpoints of this run are gone \(it was at step 16\), or did not come with it: .*fresh=True",
         ),
     ],
     ids=["unreadable", "newer", "deleted"],
