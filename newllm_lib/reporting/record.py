@@ -130,8 +130,11 @@ class RunRecord(dict):
         if missing:
             raise RunError(f"not the record of a run, {', '.join(sorted(missing))} missing")
         damaged = _damaged(values, KEYS)
+        for name, kinds in _WITHIN.items():
+            if isinstance(values.get(name), dict):
+                damaged += _damaged(values[name], kinds, f"{name}.")
         if isinstance(values["best"], dict):
-            damaged += _damaged(values["best"], _BEST, "best.")
+            damaged += [f"best.{name}" for name in _ALWAYS if name not in values["best"]]
         if damaged:
             raise RunError(f"damaged, {', '.join(damaged)} not what a run writes")
         record = cls()
@@ -146,8 +149,14 @@ class RunRecord(dict):
 KEYS: dict[str, Any] = get_type_hints(RunRecord)
 """The keys of run.json with their types, in the order in which a run writes them."""
 _REQUIRED = {item.name for item in fields(RunRecord) if item.metadata}
-_BEST = dict.fromkeys(("step", "epoch", "val_loss", "val_ppl", "val_accuracy"), int | float | None)
-"""The types of what is read of the best row, whatever else it holds."""
+_WITHIN: dict[str, dict[str, Any]] = {
+    "best": dict.fromkeys(("step", "epoch", "val_loss", "val_ppl", "val_accuracy"), int | float | None),
+    "data": {"name": str | None, "fingerprint": str | None},
+    "validation": {"tokens": int | None, "unknown_share": int | float | None, "digest": str | None},
+}
+"""The types of what is read within some of the values, whatever else they hold."""
+_ALWAYS = ("step", "val_loss", "val_ppl")
+"""What the best row has at least."""
 
 
 def holds_run(folder: Path) -> bool:
@@ -232,11 +241,11 @@ def history_rows(folder: Path) -> list[dict[str, Any]]:
     with file_errors(path, f"cannot read {path}"):
         text = path.read_text(encoding="utf-8", errors="replace")
     rows = []
-    for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=2):
-        try:
+    try:
+        for row in csv.DictReader(io.StringIO(text)):
             rows.append({name: _number(row.get(name)) for name in HISTORY_COLUMNS})
-        except ValueError as error:
-            raise RunError(f"{path}: line {number}: {error}; the file is damaged") from error
+    except (ValueError, csv.Error) as error:
+        raise RunError(f"{path}: line {len(rows) + 2}: {error}; the file is damaged") from error
     return rows
 
 

@@ -22,7 +22,15 @@ from newllm_lib.sharing.legacy import read_old
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors, make_folder, sha256_of
 from newllm_lib.system.hardware import environment
-from newllm_lib.training.checkpoint import Checkpoints, check_payload, copy_checkpoint, load_checkpoint, valid_step
+from newllm_lib.training.checkpoint import (
+    Checkpoints,
+    check_payload,
+    copy_checkpoint,
+    damaged_payload,
+    load_checkpoint,
+    valid_step,
+)
+from newllm_lib.training.state import TrainState
 
 
 @file_errors()
@@ -91,6 +99,9 @@ def _place(source: Path, payload: dict[str, Any], folder: Path, opened: Run | No
     opened: the bundle that it came in, which has a model too.
     """
     checkpoints, state = Checkpoints.of(folder), payload["state"]
+    with damaged_payload(source):  # before anything is written
+        TrainState.from_dict(state)
+        made = _record(payload, folder)
     check_same_run(folder, payload["identity"])
     record = read_record(folder) if (folder / RECORD).exists() else None
     if max(map(valid_step, checkpoints.files()), default=-1) < state["step"]:
@@ -98,11 +109,11 @@ def _place(source: Path, payload: dict[str, Any], folder: Path, opened: Run | No
         entry = {"sha256": sha256_of(source), "step": state["step"], "bytes": source.stat().st_size}
         copy_checkpoint(source, checkpoints.best if is_best else checkpoints.step(state["step"]), entry)
         model_step = _place_model(source, state, checkpoints, opened) if state["history"] else None
-        record = record or _record(payload, folder)
+        record = record or made
         record.status, record.step, record.best = "interrupted", state["step"], best_row(state["history"])
         record.model_step = model_step
     elif record is None:
-        record = _record(payload, folder)
+        record = made
     else:
         return Run(folder)
     write_history(folder, state["history"])

@@ -6,6 +6,7 @@ into place and names the old and the new content, so a stop between the two leav
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model, load_exported, load_weights  # noqa: F401, nl.checkpoint has them
 from newllm_lib.reporting.record import CHECKPOINTS
 from newllm_lib.system.files import copy_atomic, make_folder, read_json, sha256_of, write_atomic, write_text_atomic
+from newllm_lib.system.memory import is_out_of_memory
 
 FORMAT_VERSION = 1
 """Version of the payload; a reader refuses newer ones and reads all older ones."""
@@ -266,7 +268,10 @@ def _read(data: bytes, path: Path) -> dict[str, Any]:
     return payload
 
 
-_PARTS = {"model": dict, "config": dict, "tokenizer": dict, "state": dict, "identity": str, "data_fingerprint": str}
+_PARTS = {
+    "run": str, "identity": str, "config": dict, "data_fingerprint": str, "tokenizer": dict, "model": dict,
+    "optimizers": list, "scaler": dict, "generators": dict, "state": dict,
+}  # fmt: skip
 """What a run's checkpoint holds at least."""
 
 
@@ -276,6 +281,21 @@ def check_payload(payload: dict[str, Any], path: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path}: not the checkpoint of a run: {', '.join(missing)} missing or damaged")
     return payload
+
+
+@contextlib.contextmanager
+def damaged_payload(path: Path) -> Iterator[None]:
+    """CheckpointError where what is inside meets a payload that does not hold what a run writes."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path}: its training state is damaged, or of another version ({type(error).__name__}: {error})"
+        ) from error
 
 
 def load_trained(path: Path, warn: Callable[[str], None]) -> tuple[NewLLM, Tokenizer, RunConfig, str]:

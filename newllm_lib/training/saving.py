@@ -14,7 +14,7 @@ from torch import Tensor
 
 from newllm_lib.errors import CheckpointError
 from newllm_lib.model.pretrained import load_weights
-from newllm_lib.training.checkpoint import Checkpoints, check_payload, save_checkpoint
+from newllm_lib.training.checkpoint import Checkpoints, check_payload, damaged_payload, save_checkpoint
 from newllm_lib.training.compatibility import difference, needs_new_end
 from newllm_lib.training.rng import generator_states, restore_generators
 from newllm_lib.training.setup import Setup
@@ -50,22 +50,25 @@ def restore_payload(
 ) -> tuple[TrainState, Tensor | None]:
     """Put weights, optimizers, loss scale and random generators back; returns the state and the context (B, C).
 
-    path: of the payload, for messages. CheckpointError when it belongs to another run, or its learning rate decays to
-    an end that lies before the end of the setup.
+    path: of the payload, for messages. CheckpointError when it belongs to another run, is damaged, or its learning rate
+    decays to an end that lies before the end of the setup.
     """
     if check_payload(payload, path)["identity"] != setup.identity:
         raise CheckpointError(f"{path}: {difference(payload, setup)}")
-    load_weights(training_step.model, payload, path)
-    for optimizer, saved in zip(training_step.optimizers, payload["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    training_step.renew_scaler()
-    if training_step.scaler.is_enabled() and payload["scaler"]:  # empty where the run continued in another precision
-        training_step.scaler.load_state_dict(payload["scaler"])
-    context = payload["context"]
-    state = TrainState(**payload["state"])
+    with damaged_payload(path):
+        state, context = TrainState.from_dict(payload["state"]), payload["context"]
+        if state.batch >= setup.steps_per_epoch:
+            raise ValueError(f"batch {state.batch} of an epoch of {setup.steps_per_epoch}")
+        context = None if context is None else context.to(setup.machine.device)
+        load_weights(training_step.model, payload, path)
+        for optimizer, saved in zip(training_step.optimizers, payload["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        training_step.renew_scaler()
+        if training_step.scaler.is_enabled() and payload["scaler"]:  # empty where it continued in another precision
+            training_step.scaler.load_state_dict(payload["scaler"])
+        restore_generators(payload["generators"])
     state.decay_steps = _decay_end(state.decay_steps, setup, path)
-    restore_generators(payload["generators"])
-    return state, None if context is None else context.to(setup.machine.device)
+    return state, context
 
 
 def _decay_end(decay_steps: int, setup: Setup, path: Path) -> int:

@@ -37,8 +37,8 @@ def diagnosis(recent: Sequence[int], limit: int, loss_scale: float, parameters: 
         return None
     return (
         f"{what}. The gradient of {listed(parameters)} left the range of FP16 (largest number 65,504; loss scale "
-        f"{loss_scale:g}). Continue the run with precision = fp32, or bf16 where the hardware has it: it resumes from "
-        "its last checkpoint"
+        f"{loss_scale:g}). A run keeps its precision, so train another one with precision = fp32, or bf16 where the "
+        "hardware has it (if this one has a name, under another name)"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from newllm_lib.evaluation import Metrics
 from newllm_lib.training import skips
@@ -37,6 +37,19 @@ class TrainState:
     decay_steps: int = 0
     """Step at which a decaying learning rate reaches its end, fixed when the run starts."""
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """The state that a checkpoint holds; ValueError names what is missing, unknown or of another type.
+
+        What an older version did not keep has its default.
+        """
+        kinds = get_type_hints(cls)
+        wrong = [name for name in ("step", "history") if name not in values]
+        wrong += [name for name, value in values.items() if name not in kinds or not _is_of(value, kinds[name])]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} not what this version writes")
+        return cls(**values)
 
     def count(self, result: StepResult, seconds: float, max_skipped_steps: int) -> None:
         """Add a step that took `seconds`; max_skipped_steps: of TrainConfig, how many skips are remembered."""
@@ -97,3 +110,13 @@ class TrainState:
         if improved:
             self.best_loss, self.best_step = loss, self.step
         return improved
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type: whole numbers, which are counts, are not negative."""
+    if get_origin(kind) is list:
+        item, *_ = get_args(kind)
+        return isinstance(value, list) and all(_is_of(each, item) for each in value)
+    if kind is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)

@@ -334,7 +334,7 @@ def _record(**changes):
             _write("history.csv", "step,val_ppl\n1,2,3,4\n1,2\n1,2,3,4,5,6\n"),
             "history.csv: damaged, not a table that can be read (Error tokenizing data",
         ),
-        (_record(best={"val_ppl": "low"}), "run.json: damaged, best.val_ppl not what a run writes"),
+        (_record(best={"val_ppl": "low"}), "run.json: damaged, best.val_ppl, best.step, best.val_loss not what a run"),
         (_record(config=[1]), "run.json: damaged, config not what a run writes"),
         (_record(data="text"), "run.json: damaged, data not what a run writes"),
         (_write("run.json", '{"run": '), "not readable as JSON"),

@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 import newllm_lib
 from newllm_lib.errors import RunError
-from newllm_lib.reporting.record import KEYS, RunRecord, contents, holds_run, read_record, record_text, write_record
+from newllm_lib.reporting.record import (
+    KEYS,
+    RunRecord,
+    contents,
+    history_rows,
+    holds_run,
+    read_record,
+    record_text,
+    write_record,
+)
 
 LEAST = {"run": "r", "status": "running", "config": {}, "decided": {}, "best": None}
 """All that the very first versions are sure to have written."""
@@ -115,9 +125,33 @@ def test_a_value_of_another_type_is_named(tmp_path, name):
 
 
 def test_a_damaged_row_is_named_by_its_column(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(LEAST | {"best": {"val_ppl": "low"}, "step": "3"}))
+    (tmp_path / "run.json").write_text(
+        json.dumps(LEAST | {"best": {"step": 1, "val_loss": 1.0, "val_ppl": "low"}, "step": "3"})
+    )
     with pytest.raises(RunError, match=r"damaged, step, best\.val_ppl not what a run writes"):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"best": {}}, "best.step, best.val_loss, best.val_ppl"),
+        ({"validation": {"digest": {}}}, "validation.digest"),
+        ({"validation": {"unknown_share": "x"}}, "validation.unknown_share"),
+        ({"data": {"name": {}, "fingerprint": 7}}, "data.name, data.fingerprint"),
+    ],
+)
+def test_what_is_read_within_a_value_is_named(tmp_path, change, name):
+    (tmp_path / "run.json").write_text(json.dumps(LEAST | change))
+    with pytest.raises(RunError, match=rf"run\.json: damaged, {re.escape(name)} not what a run writes"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["a", f'"{"1" * 200_000}"'])
+def test_a_history_that_is_no_table_names_the_line(tmp_path, cell):
+    (tmp_path / "history.csv").write_text(f"step,epoch\n1,1\n{cell},1\n")
+    with pytest.raises(RunError, match=r"history\.csv: line 3: .*; the file is damaged"):
+        history_rows(tmp_path)
 
 
 def _values(kind):

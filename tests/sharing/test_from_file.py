@@ -227,6 +227,54 @@ def test_what_cannot_be_continued_says_why(place, tmp_path):
     assert list((tmp_path / "results").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "what"),
+    [
+        ("state", {}, "step, history"),
+        ("state.future", 1, "future"),
+        ("state.step", "x", "step"),
+        ("state.step", -5, "step"),
+        ("state.history", ["a"], "history"),
+        ("state.recent_skips", "abc", "recent_skips"),
+        ("state.recent_skips", [0.5], "recent_skips"),
+        ("requested", 7, "not iterable"),
+        ("config.model", 3, "ModelConfig: must be a dictionary"),
+        ("run", 5, "run missing or damaged"),
+        ("optimizers", None, "optimizers missing or damaged"),
+        ("scaler", None, "scaler missing or damaged"),
+        ("generators", None, "generators missing or damaged"),
+    ],
+)
+def test_a_state_that_no_run_writes_leaves_nothing_behind(place, tmp_path, part, value, what):
+    payload = load_checkpoint(place / STEP, pytest.fail)
+    *within, name = part.split(".")
+    (payload[within[0]] if within else payload)[name] = value
+    save_checkpoint(tmp_path / "x.pt", payload, 11)
+    with pytest.raises(CheckpointError, match=rf"x\.pt: .*{what}"):
+        adopt(tmp_path / "x.pt", tmp_path / "results")
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "what"),
+    [
+        ("optimizers", [], "shorter"),
+        ("optimizers", [{"a": 1}], "param_groups"),
+        ("generators", {}, "python"),
+        ("context", "x", "str"),
+        ("state.batch", 10**9, "batch 1000000000 of an epoch of"),
+    ],
+)
+def test_a_state_that_cannot_be_restored_says_so(place, tmp_path, part, value, what):
+    payload = load_checkpoint(place / STEP, pytest.fail)
+    *within, name = part.split(".")
+    (payload[within[0]] if within else payload)[name] = value
+    save_checkpoint(tmp_path / "x.pt", payload, 11)
+    run = adopt(tmp_path / "x.pt", tmp_path / "results")
+    with pytest.raises(CheckpointError, match=rf"its training state is damaged.*{what}"):
+        nl.train(run.requested, data=str(place / "text"))
+
+
 def test_a_damaged_checkpoint_is_refused(place, tmp_path):
     for path in (place / STEP, sidecar(place / STEP)):
         shutil.copy(path, tmp_path)
