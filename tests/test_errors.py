@@ -375,7 +375,14 @@ def test_what_is_not_permitted_is_told_with_the_path(no_permission):
 # --- memory, and bugs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("error", "said"), [(MemoryError(), "memory ran out"), (MemoryError("too much"), "too much")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "memory ran out"),
+        (MemoryError("too much"), "too much"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nC++ frames"), "memory ran out: Default"),
+    ],
+)
 def test_exhausted_memory_is_one_line(newllm, monkeypatch, error, said):
     def exhausted(*arguments, **options):
         raise error
@@ -384,7 +391,13 @@ def test_exhausted_memory_is_one_line(newllm, monkeypatch, error, said):
     assert_one_line(newllm("evaluate", RUN), said)
 
 
-BUGS = [ValueError("planted"), OSError("planted"), KeyError("planted"), OSError(errno.ENOSPC, "planted")]
+BUGS = [
+    RuntimeError("planted"),
+    ValueError("planted"),
+    OSError("planted"),
+    KeyError("planted"),
+    OSError(errno.ENOSPC, "planted"),
+]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=repr)

@@ -36,6 +36,13 @@ class Messages(click.Group):
             if os.environ.get("NEWLLM_DEBUG"):
                 raise
             raise click.ClickException(terminal_text(error) or "memory ran out") from error
+        except RuntimeError as error:  # as torch says that memory ran out
+            from newllm_lib.system.memory import is_out_of_memory
+
+            if os.environ.get("NEWLLM_DEBUG") or not is_out_of_memory(error):
+                raise
+            said = str(error).strip().partition("\n")[0]
+            raise click.ClickException(terminal_text(f"memory ran out: {said}")) from error
         except OSError as error:
             if error.errno == errno.EPIPE or not _is_of_the_output(error):  # click knows what to do of a closed pipe
                 raise
