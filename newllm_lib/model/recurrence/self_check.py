@@ -16,6 +16,9 @@ from newllm_lib.system.hardware import Precision, choose_precision, detect
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 """Largest relative distance, in norm, of a value or gradient from the reference's in FP32."""
+_OF_THE_REFERENCE = 1.5
+"""An engine may also be so many times as far away as the reference itself in the engine's format: how far 16 bits lead
+on this small case differs from processor to processor."""
 
 _LENGTHS = (6, 2, 0, 5, 6)
 
@@ -62,11 +65,23 @@ def _fault(run: Callable, precision: Precision, device: str) -> str | None:
         found = _results(run, precision, device)
     except Exception as error:  # an engine that cannot run here must not stop a training run
         return f"{type(error).__name__}: {error}"
-    for name, value in expected.items():
-        distance = float((found[name] - value).norm() / value.norm().clamp(min=1e-6))
-        if not distance <= TOLERANCES[precision.name]:
-            return f"{name} differs by {distance:.2g}, allowed is {TOLERANCES[precision.name]:g}"
+    tolerance = TOLERANCES[precision.name]
+    far = {name: distance for name, distance in _distances(found, expected).items() if not distance <= tolerance}
+    if not far:
+        return None
+    usual = _distances(_results(reference.recurrence, precision, device), expected)
+    for name, distance in far.items():
+        allowed = max(tolerance, _OF_THE_REFERENCE * usual[name])
+        if not distance <= allowed:
+            return f"{name} differs by {distance:.2g}, allowed is {allowed:.2g}"
     return None
+
+
+def _distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """How far each tensor is from the expected one, relative to that one's norm."""
+    return {
+        name: float((found[name] - value).norm() / value.norm().clamp(min=1e-6)) for name, value in expected.items()
+    }
 
 
 @torch.inference_mode(False)  # whatever the caller does, gradients are compared

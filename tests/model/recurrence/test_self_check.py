@@ -3,7 +3,7 @@ import torch
 
 from newllm_lib.errors import ConfigError
 from newllm_lib.model import recurrence
-from newllm_lib.model.recurrence import ENGINES, fused
+from newllm_lib.model.recurrence import ENGINES, fused, reference, self_check
 from newllm_lib.model.recurrence.self_check import choose_engine, choose_numerics
 from newllm_lib.system.hardware import Precision
 
@@ -12,6 +12,29 @@ def test_every_engine_passes_in_every_format():
     for name in ENGINES:
         for precision in ("fp32", "bf16", "fp16"):
             assert choose_engine(name, Precision(precision, ""), "cpu").name == name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_reference_under_another_name_passes(monkeypatch, precision):
+    """Also where the processor's own rounding leads it further than the tolerance, as 0.11 in bf16 on one with AMX."""
+
+    def copy(*arguments):
+        return reference.recurrence(*arguments)
+
+    monkeypatch.setitem(recurrence.ENGINES, "copy", copy)
+    monkeypatch.setitem(self_check.TOLERANCES, precision, 1e-9)
+    assert choose_engine("copy", Precision(precision, ""), "cpu").name == "copy"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_engine_twice_as_far_away_as_the_reference_is_replaced(monkeypatch, precision):
+    def scaled(*arguments):
+        hidden, context = reference.recurrence(*arguments)
+        hidden.register_hook(lambda gradient: gradient * 1.5)
+        return hidden, context
+
+    monkeypatch.setitem(recurrence.ENGINES, "scaled", scaled)
+    assert choose_engine("scaled", Precision(precision, ""), "cpu").name == "reference"
 
 
 def test_auto_is_the_best_engine_and_the_check_leaves_the_generators_alone():
