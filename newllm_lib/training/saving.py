@@ -21,6 +21,9 @@ from newllm_lib.training.setup import Setup
 from newllm_lib.training.state import TrainState
 from newllm_lib.training.step import TrainingStep
 
+LATER = ("recent_skips",)
+"""Fields of TrainState that later versions added: kept beside "state", where earlier versions pass over them."""
+
 
 def make_payload(
     run: str, setup: Setup, training_step: TrainingStep, state: TrainState, context: Tensor | None
@@ -29,6 +32,8 @@ def make_payload(
 
     run: the run's name; context (B, C): of a stream's lanes, None where the next batch starts from the empty one.
     """
+    progress = dataclasses.asdict(state)
+    later = {name: progress.pop(name) for name in LATER}
     return {
         "run": run,
         "identity": setup.identity,
@@ -41,7 +46,8 @@ def make_payload(
         "scaler": training_step.scaler.state_dict(),
         "generators": generator_states(),
         "context": context,
-        "state": dataclasses.asdict(state),
+        "state": progress,
+        **later,
     }
 
 
@@ -56,7 +62,8 @@ def restore_payload(
     if check_payload(payload, path)["identity"] != setup.identity:
         raise CheckpointError(f"{path}: {difference(payload, setup)}")
     with damaged_payload(path):
-        state, context = TrainState.from_dict(payload["state"]), payload["context"]
+        state = TrainState.from_dict(payload["state"] | {name: payload[name] for name in LATER if name in payload})
+        context = payload["context"]
         if state.batch >= setup.steps_per_epoch:
             raise ValueError(f"batch {state.batch} of an epoch of {setup.steps_per_epoch}")
         context = None if context is None else context.to(setup.machine.device)

@@ -98,7 +98,7 @@ def result_of(trainer: Trainer) -> dict:
         for name in TIMINGS:
             del row[name]
     del state["train_seconds"], state["seconds_since_row"]
-    return {key: payload[key] for key in ("model", "optimizers", "scaler", "context", "state")}
+    return {key: payload[key] for key in ("model", "optimizers", "scaler", "context", "state", "recent_skips")}
 
 
 def same(first, second) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_setup, tiny_trainer
 
 from newllm_lib.training.checkpoint import Checkpoints, load_checkpoint
 from newllm_lib.training.saving import Saver
@@ -60,3 +61,14 @@ def test_the_minutes_count_from_the_last_file(checkpoints, monkeypatch):
     saver.save(checkpoints.best, payload(1))
     now[0] += 30
     assert saver.minutes_since_save() == 0.5
+
+
+def test_state_holds_what_the_first_version_reads_and_nothing_else(text, tmp_path):
+    """It made its own state of exactly these, so that it can still continue a run of today."""
+    written = tiny_trainer(tiny_setup(text), tmp_path).payload()
+    assert set(written["state"]) == {
+        "step", "epoch", "batch", "train_seconds", "skipped_steps", "skipped_in_a_row", "best_loss", "best_step",
+        "patience_loss", "stale_validations", "nll_since_row", "tokens_since_row", "seconds_since_row", "decay_steps",
+        "history",
+    }  # fmt: skip
+    assert written["recent_skips"] == []

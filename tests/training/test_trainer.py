@@ -292,7 +292,7 @@ def test_a_checkpoint_from_before_skips_were_remembered_starts_with_none(text, t
     setup = tiny_setup(text, precision="fp16")
     stopped = stopped_trainer(setup, tmp_path, 5)
     payload = stopped.payload()
-    del payload["state"]["recent_skips"]
+    del payload["recent_skips"]
     trainer = tiny_trainer(setup, tmp_path)
     trainer.restore(payload, tmp_path)
     assert trainer.state.recent_skips == []

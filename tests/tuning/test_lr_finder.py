@@ -10,7 +10,6 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.training.setup import make_setup
 from newllm_lib.training.step import optimizer_step
-from newllm_lib.tuning import lr_finder
 from newllm_lib.tuning.lr_finder import RangeTest, lr_find, suggest
 
 
@@ -82,7 +81,7 @@ def test_the_rates_that_are_told_are_those_that_were_trained_with(config, monkey
         seen.append({type(one).__name__: {group["lr"] for group in one.param_groups} for one in optimizers})
         return optimizer_step(model, optimizers, *arguments, **options)
 
-    monkeypatch.setattr(lr_finder, "optimizer_step", step)
+    monkeypatch.setattr("newllm_lib.training.step.optimizer_step", step)
     found = lr_find(config.replace(optimizer="muon", lr=1e-3, muon_lr=0.02), low=1e-4, high=1e-2, steps=12)
     assert [one for rates in seen for one in rates["AdamW"]] == pytest.approx(found.rates)
     assert [one for rates in seen for one in rates["Muon"]] == pytest.approx(found.muon_rates)
