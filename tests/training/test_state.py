@@ -28,7 +28,8 @@ def test_a_row_holds_the_means_since_the_last_one_under_the_columns_of_the_histo
     assert tuple(row) == HISTORY_COLUMNS
     assert row == {
         "step": 2, "epoch": 0.4286, "train_loss": 1.5, "val_loss": 2.0, "val_ppl": 7.4, "val_accuracy": 0.25,
-        "val_ppl_known": 6.7, "val_bits_per_byte": 1.5, "val_word_ppl": 9.0, "val_bits_per_byte_known": 1.6, "lr": 1e-3, "clip": 0.5,
+        "val_ppl_known": 6.7, "val_bits_per_byte": 1.5, "val_word_ppl": 9.0, "val_bits_per_byte_known": 1.6,
+        "lr": 1e-3, "clip": 0.5,
         "train_seconds": 4.0, "tokens_per_second": 10.0, "peak_memory_bytes": 99, "skipped_steps": 1,
     }  # fmt: skip
     state.count(result(8.0, 4), 1.0, 4)
