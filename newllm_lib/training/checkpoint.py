@@ -88,12 +88,16 @@ class Checkpoints:
             path.rename(target)
             sidecar(path).unlink(missing_ok=True)
 
-    def prune_steps(self, keep: int = 2) -> None:
-        """Remove all but the `keep` files that were written last to guard against a lost machine."""
+    def prune_steps(self, newest: int, keep: int = 2) -> None:
+        """Of the files that guard against a lost machine, remove all but that of step `newest` and the ones before it.
+
+        `keep` files stay. Their steps decide, since a clock may have been wrong. Files of later steps go first: the run
+        went back behind them, because they could not be read.
+        """
         pattern = re.compile(re.escape(self.run) + r"_step_(\d+)\.pt")
-        found = [(match, path) for path in self.folder.glob("*.pt") if (match := pattern.fullmatch(path.name))]
-        ages = sorted(((path.stat().st_mtime_ns, int(match[1]), path) for match, path in found), reverse=True)
-        for *_, path in ages[keep:]:
+        found = {path: int(match[1]) for path in self.folder.glob("*.pt") if (match := pattern.fullmatch(path.name))}
+        order = sorted(found, key=lambda path: (found[path] <= newest, found[path]), reverse=True)
+        for path in order[keep:]:
             path.unlink(missing_ok=True)
             sidecar(path).unlink(missing_ok=True)
 

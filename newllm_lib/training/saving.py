@@ -120,8 +120,9 @@ class Saver:
 
     def save_step(self, payload: dict[str, Any]) -> None:
         """Write a checkpoint that guards against a lost machine; the two newest of this kind are kept."""
-        self.save(self._checkpoints.step(payload["state"]["step"]), payload)
-        self._checkpoints.prune_steps()
+        step = payload["state"]["step"]
+        self.save(self._checkpoints.step(step), payload)
+        self._checkpoints.prune_steps(newest=step)
 
     def minutes_since_save(self) -> float:
         """Since the last file, or the beginning."""

@@ -225,7 +225,7 @@ def test_a_file_that_is_replaced_while_the_copy_is_made_is_copied_as_it_is_then(
         if not replaced:
             replaced.append(save(run, 9, "best"))
             replaced.append(save(run, 9, "final"))
-            Checkpoints(run / "checkpoints", "r").prune_steps(keep=1)
+            Checkpoints(run / "checkpoints", "r").prune_steps(newest=10, keep=1)
 
     tries = RunCopy(run, drive / "r", IDENTITY, alive=replace)
     for _ in range(3):
@@ -525,7 +525,7 @@ def _train_and_copy(folder, drive, acknowledge):
         save(folder, step, "best", size=50_000)
         if step % 3 == 0:
             save(folder, step, size=50_000)
-            Checkpoints(folder / "checkpoints", "r").prune_steps()
+            Checkpoints(folder / "checkpoints", "r").prune_steps(newest=step)
         acknowledge.send(copy.update())
 
 

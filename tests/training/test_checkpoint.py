@@ -233,16 +233,25 @@ def test_a_model_folder_with_the_wrong_tokenizer_or_a_broken_file_is_refused(tmp
         load_exported(tmp_path)
 
 
-def test_only_the_step_files_written_last_are_kept_and_no_other_is_touched(tmp_path):
+def test_only_the_newest_step_files_are_kept_and_no_other_is_touched(tmp_path):
     own, other = Checkpoints(tmp_path, "a"), Checkpoints(tmp_path, "a_step_9")
-    written = (own.best, own.final, own.epoch(5), other.step(1), own.step(20), own.step(1), own.step(3))
-    for second, path in enumerate(written):  # a run that went on from an older file writes lower steps later
+    # a run that continued from an older file, since that of step 20 was damaged, writes lower steps later
+    for path in (own.best, own.final, own.epoch(5), other.step(1), own.step(20), own.step(1), own.step(3)):
         save_checkpoint(path, PAYLOAD, step=1)
-        os.utime(path, (second, second))
-    own.prune_steps()
+    own.prune_steps(newest=3)
     left = {path.name for path in tmp_path.glob("*.pt")}
     assert left == {"a_step_1.pt", "a_step_3.pt", "best_a.pt", "a_final.pt", "a_epoch_5.pt", "a_step_9_step_1.pt"}
     assert not sidecar(own.step(20)).exists()
+
+
+@pytest.mark.parametrize("clock", [1, -1], ids=["right", "set back"])
+def test_the_newest_step_file_stays_whatever_the_clock_says(tmp_path, clock):
+    own = Checkpoints(tmp_path, "a")
+    for step in (10, 20, 30, 100):
+        save_checkpoint(own.step(step), PAYLOAD, step=step)
+        os.utime(own.step(step), (1_000_000 + clock * step,) * 2)
+        own.prune_steps(newest=step)
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"a_step_30.pt", "a_step_100.pt"}
 
 
 def test_a_payload_is_plain_enough_for_the_safe_reader(text, tmp_path):
