@@ -89,6 +89,7 @@ def test_memory_is_measured_in_a_process_of_its_own(text):
     assert large > 8e6
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_table_and_plot(text, tmp_path, monkeypatch):
     subjects = [("fused", 2), ("published", 4), ("fused", 4)]  # a process for each: the others are no different
     cases = [Case(subject=subject, batch=batch, hidden_dim=16, precision="fp32") for subject, batch in subjects]
