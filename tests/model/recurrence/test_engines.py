@@ -111,6 +111,28 @@ def test_the_error_in_reduced_precision_is_bounded(engine, autocast, bound):
     assert max(found.values()) > 1e-4  # the control: it did run in the reduced type
 
 
+def sums(engine, fp16: bool) -> dict[str, torch.Tensor]:
+    """Gradients over 2,048 tokens of a loss whose own gradient is 32 at every hidden unit."""
+    model, generator = model_of(**WIDE), torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, WIDE["vocab_size"], (128, 16), generator=generator)
+    context = torch.randn(128, WIDE["context_dim"], generator=generator)
+    with torch.autocast("cpu", dtype=torch.float16, enabled=fp16):
+        hidden, after = model.hidden(tokens, context, None, None, engine)
+    (32 * (hidden.float().sum() + 16 * after.sum())).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@fast
+def test_fp16_gradients_of_weights_and_biases_beyond_65504_are_those_of_fp32(engine):
+    """Where FP16 ends: they are sums over tokens, and large where the loss scale and the batch are."""
+    exact, found = sums(engine, fp16=False), sums(engine, fp16=True)
+    beyond = {name for name, gradient in exact.items() if gradient.abs().max() > 65_504}
+    layers = {f"layers.{number}.{kind}" for number in range(5) for kind in ("weight", "bias")}
+    assert beyond >= layers | {"from_context.weight", "context_heads.weight", "context_heads.bias", "from_token.bias"}
+    for name in beyond:
+        assert (found[name] - exact[name]).norm() < 0.01 * exact[name].norm(), name
+
+
 @fast
 def test_control_a_wrong_gradient_is_noticed(engine, monkeypatch):
     """The comparison above sees one part in a million."""
