@@ -168,12 +168,13 @@ def folder(server, request):
 @pytest.fixture
 def ui(request, server, chromium):
     """The stack's interface in a fresh page."""
-    from interfaces import INTERFACES
+    from interfaces import INTERFACES, SECONDS
 
     shots = os.environ.get("NEWLLM_SHOTS")
     if shots:
         Path(shots).mkdir(parents=True, exist_ok=True)
     page = chromium.new_page(viewport=VIEWPORT)
+    page.set_default_timeout(1000 * SECONDS)
     yield INTERFACES[request.cls.stack](page, server, Path(shots) if shots else None)
     page.close()
     server.stop_kernels()

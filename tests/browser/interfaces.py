@@ -6,10 +6,13 @@ import re
 import time
 from collections.abc import Callable
 
+import nbformat
 from playwright.sync_api import Locator, expect
 
 SECONDS = 240
 """How long anything may take, on a machine that does other things too."""
+
+expect.set_options(timeout=1000 * SECONDS)
 
 
 class Interface:
@@ -32,6 +35,12 @@ class Interface:
     def open(self, path: str) -> None:
         """Open a notebook, `path` from the server's folder, until its kernel and its widgets are ready."""
         raise NotImplementedError
+
+    def _await_cells(self, path: str) -> None:
+        """Until every code cell is on the page: those out of view are laid out late, and push others away."""
+        cells = nbformat.read(self.server.folder / path, as_version=4).cells
+        count = sum(cell.cell_type == "code" for cell in cells)
+        expect(self.page.locator(f"{self.cells} {self.editor}")).to_have_count(count)
 
     def start_all(self) -> None:
         """Run all cells, by the menu, until the first one runs."""
@@ -68,15 +77,25 @@ class Interface:
         return self.page.locator(".widget-hbox").filter(has=label)
 
     def drag(self, row: Locator, pixels: int) -> None:
-        """Pull a row's slider with the mouse."""
+        """Pull a row's slider with the mouse, again where it was missed: a page that is laid out late moves it away."""
         handle = row.locator(".noUi-handle, .ui-slider-handle")
-        handle.scroll_into_view_if_needed()
-        box = handle.bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        self.page.mouse.move(x, y)
-        self.page.mouse.down()
-        self.page.mouse.move(x + pixels, y, steps=10)
-        self.page.mouse.up()
+        start = self._place_in(row, handle)
+
+        def pulled() -> bool:
+            handle.hover()  # once it keeps still, in view and under nothing else
+            box = handle.bounding_box()
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            self.page.mouse.down()
+            self.page.mouse.move(x + pixels, y, steps=10)
+            self.page.mouse.up()
+            return self._place_in(row, handle) != start
+
+        self.until(pulled, "the slider follows the mouse")
+
+    @staticmethod
+    def _place_in(row: Locator, part: Locator) -> float:
+        """How far to the right in its row something is, in pixels: the same wherever the page has scrolled to."""
+        return round(part.bounding_box()["x"] - row.bounding_box()["x"])
 
     def until(self, happened: Callable[[], bool], what: str) -> None:
         """Wait; nothing may ask anything meanwhile."""
@@ -137,9 +156,9 @@ class Lab(Interface):
     def open(self, path: str) -> None:
         """See Interface."""
         self.page.goto(f"{self.server.address}/lab/tree/{path}?token={self.server.token}&reset")
-        expect(self.page.locator(self.cells).first).to_be_visible(timeout=60_000)
+        self._await_cells(path)
         status = self.page.locator(".jp-StatusBar-TextItem", has_text=re.compile(r"\| Idle$"))
-        expect(status).to_be_visible(timeout=60_000)
+        expect(status).to_be_visible()
 
     def _menu(self, menu: str, entry: str) -> None:
         self.page.locator(".lm-MenuBar").get_by_text(menu, exact=True).click()
@@ -171,8 +190,9 @@ class Classic(Interface):
         self.page.wait_for_function(
             """() => { const kernel = window.Jupyter?.notebook?.kernel;
                        return kernel?.is_connected() && kernel.widget_manager; }""",
-            timeout=60_000,
+            timeout=1000 * SECONDS,
         )
+        self._await_cells(path)
 
     def _menu(self, menu: str, entry: str) -> None:
         self.page.locator("#menubar").get_by_text(menu, exact=True).click()
