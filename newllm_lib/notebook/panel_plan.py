@@ -87,7 +87,7 @@ class Planner:
     @file_errors()
     def plan(self, config: RunConfig, measure: bool = False, anew: bool = False) -> Plan:
         """Every decision of a run; NewLLMError where training would raise it, in the same words."""
-        run = resolve_run(config, self._read(config), preview=True)
+        run = resolve_run(config, self._read(config), preview=True, remeasure=anew)
         if config.mirror_dir:
             check_mirror_dir(run.place.folder, config.mirror_dir)
         speed = estimate_speed(run.setup, measure=measure, anew=anew)

@@ -17,7 +17,10 @@ from newllm_lib.runs.mirror import Mirror
 from newllm_lib.training.checkpoint import Checkpoints, check_payload
 from newllm_lib.training.estimates import memory_estimate_bytes
 from newllm_lib.training.setup import Setup, make_setup
-from newllm_lib.tuning import free_memory_bytes, settle_batch
+from newllm_lib.tuning import free_memory_bytes, settle_batch, settle_execution
+
+_OF_A_DEVICE = ("precision", "engine", "threads", "layout")
+"""Decisions that a run keeps only for as long as it stays on one kind of device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +60,34 @@ def resolve_run(
     *,
     claim: Callable[[RunPlace], Mirror | None] = lambda place: None,
     preview: bool = False,
+    remeasure: bool = False,
     log: Callable[[str], None] = lambda text: None,
 ) -> ResolvedRun:
     """Every decision of a run: by its settings, by what its folder holds, and by what this machine is asked.
 
     prepared: its text, where that was read before. claim: makes the folder that of the training, before it is read but
     after the settings were checked, and returns what keeps the copy; without it nothing is written. A preview leaves
-    out what takes time (searching a batch, reading a checkpoint) and returns what is wrong with the folder as
-    `refusal`. log: gets a line for each try of a search. Raises ConfigError, DataError or FileError for bad settings or
+    out what takes long (searching a batch, reading a checkpoint) and returns what is wrong with the folder as
+    `refusal`. remeasure: time again how steps are computed fastest, where that is open. log: gets a line for each try
+    of a search. Raises ConfigError, DataError or FileError for bad settings or
     data; RunError or CheckpointError where the folder's record is damaged or that of an imported run.
     """
     setup = make_setup(requested, prepared=prepared)
     place = _place_of(setup)
     mirror = claim(place)
-    earlier, in_copy, decided, refusal = RunRecord(), False, {}, ""
+    earlier, in_copy, decided, refusal, moved = RunRecord(), False, {}, "", ""
     try:
         earlier, in_copy = _earlier_part(place, brought_back=mirror is not None)
         decided = _decided_before(place, earlier, preview)
+        if moved := moved_between_devices(decided, setup):
+            log(moved)
+            decided = {name: value for name, value in decided.items() if name not in _OF_A_DEVICE}
         setup = make_setup(requested, decided, setup.prepared) if decided else setup
     except NewLLMError as error:
         if not preview:
             raise
         refusal = str(error)
+    setup = settle_execution(setup, {} if moved else decided, remeasure)
     if not preview or _may_need_pieces(setup):
         setup = settle_batch(setup, decided, log)
     return ResolvedRun(setup=setup, place=place, mirror=mirror, earlier=earlier, in_copy=in_copy, refusal=refusal)
@@ -143,8 +152,18 @@ def earlier_record(folder: Path, identity: str) -> RunRecord:
     return earlier if matters else RunRecord()
 
 
+def moved_between_devices(decided: dict[str, Any], setup: Setup) -> str:
+    """What is decided again where a run continues on another kind of device than it had; '' on the same kind."""
+    before, now = decided.get("device", setup.machine.kind), setup.machine.kind
+    return f"this run was trained on {before} and continues on {now}: {', '.join(_OF_A_DEVICE)} are decided again" * (
+        before != now
+    )
+
+
 def decided_in(payload: dict[str, Any]) -> dict[str, Any]:
-    """The decisions that a run's checkpoint shows, for where there is no record."""
+    """The decisions that a checkpoint holds, for where there is no record; one of an earlier version shows few."""
+    if isinstance(payload.get("decided"), dict):
+        return payload["decided"]
     decided = {"batch_size": payload["config"]["train"]["batch_size"]}
     return decided | ({"precision": "fp16"} if payload["scaler"] else {})
 

@@ -18,6 +18,8 @@ from newllm_lib.errors import ConfigError
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 """CPU instruction sets with native bfloat16 products; without them bfloat16 is emulated and slow."""
+FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16"})
+"""CPU instruction sets with native float16 products."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,10 +104,7 @@ def choose_precision(requested: str, machine: Machine, emulate: bool = False) ->
     """
     if requested not in ("auto", *DTYPES):
         raise ConfigError(f"precision = {requested!r}: must be one of auto, {', '.join(DTYPES)}")
-    if machine.kind == "cuda":
-        native, why = _cuda_formats(machine)
-    else:
-        native, why = _cpu_formats(machine)
+    native, why = _cuda_formats(machine) if machine.kind == "cuda" else _cpu_formats(machine)
     best = native[0]
     if requested == "auto":
         return Precision(best, why)
@@ -114,6 +113,11 @@ def choose_precision(requested: str, machine: Machine, emulate: bool = False) ->
     if emulate:
         return Precision(requested, f"not native to {machine.name}: emulated, its rounding is real, its speed is not")
     return Precision(best, f"{requested} is not native to {machine.name}; nearest is {best}: {why}", substituted=True)
+
+
+def native_formats(machine: Machine) -> list[str]:
+    """The formats that a machine computes in without emulating them; the one that `choose_precision` prefers first."""
+    return (_cuda_formats(machine) if machine.kind == "cuda" else _cpu_formats(machine))[0]
 
 
 def _cuda_formats(machine: Machine) -> tuple[list[str], str]:
@@ -127,10 +131,11 @@ def _cuda_formats(machine: Machine) -> tuple[list[str], str]:
 
 
 def _cpu_formats(machine: Machine) -> tuple[list[str], str]:
-    native = sorted(machine.cpu_flags & BF16_FLAGS)
-    if native:
-        return ["bf16", "fp32"], f"{machine.name} has {' and '.join(native)}"
-    return ["fp32"], f"{machine.name} has neither avx512_bf16 nor amx_bf16"
+    fp16 = ["fp16"] if machine.cpu_flags & FP16_FLAGS else []  # never by its flag alone: it may be slower than fp32
+    flags = sorted(machine.cpu_flags & BF16_FLAGS)
+    if flags:
+        return ["bf16", "fp32", *fp16], f"{machine.name} has {' and '.join(flags)}"
+    return ["fp32", *fp16], f"{machine.name} has neither avx512_bf16 nor amx_bf16"
 
 
 @contextmanager

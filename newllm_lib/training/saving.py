@@ -38,6 +38,7 @@ def make_payload(
         "run": run,
         "identity": setup.identity,
         "config": setup.config.to_dict(),
+        "decided": setup.decided,
         "requested": setup.requested.to_dict(),
         "data_fingerprint": setup.prepared.fingerprint,
         "tokenizer": setup.prepared.tokenizer.to_dict(),

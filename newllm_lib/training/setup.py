@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from newllm_lib.model.recurrence.self_check import EngineChoice, choose_engine
 from newllm_lib.system.hardware import Machine, Precision, choose_precision, default_batch_size, detect
 from newllm_lib.training import schedule
 from newllm_lib.training.batches import batches_per_epoch
+
+PACKED, PLAIN = "packed", "plain"
+"""How a CPU's products hold the weights: in oneDNN's layout, where it has one for the format, or as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,9 @@ class Setup:
             "micro_batch_size": self.config.train.micro_batch_size,
             "precision": self.precision.name,
             "engine": self.engine.name,
+            "threads": self.machine.threads,
+            "layout": PACKED if self.engine.packed else PLAIN,
+            "device": self.machine.kind,
         }
 
     @property
@@ -60,15 +67,16 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
 
     `decided` holds what an earlier part of the same run recorded, as `Setup.decided` gives it; it is kept, so that a
     run continues as it began. Nothing is measured or searched here: a batch that a policy has yet to find starts as
-    the recipe's, or the machine's (`runs.folder.resolve_run` asks `tuning`). ConfigError when the configuration does
-    not fit the data or the machine.
+    the recipe's, or the machine's; the number format, the threads and the layout that nothing has decided yet are those
+    of the processor's flags and of torch (`runs.folder.resolve_run` asks `tuning` for all of these). ConfigError when
+    the configuration does not fit the data or the machine.
     """
     decided = decided or {}
     requested, train = config, config.train
-    machine = detect(train.device, train.threads)
+    machine = detect(train.device, train.threads or kept_threads(decided))
     precision = _precision(train, decided.get("precision"), machine)
     wanted = decided.get("engine", "auto") if train.engine == "auto" else train.engine
-    engine = choose_engine(wanted, precision, machine.device)
+    engine = choose_engine(wanted, precision, machine.device, decided.get("layout") != PLAIN)
     prepared = prepared.under(config) if prepared else prepare(config)
     identity = config.identity(prepared.fingerprint)  # of what was asked for: what is left open stays open in it
     config = prepared.config
@@ -104,6 +112,19 @@ def with_batch(setup: Setup, batch_size: int, micro_batch_size: int | None = Non
         split = setup.prepared.split("train", batch_size)
     rate = schedule.peak_rate(config.train, config.model.num_parameters)
     return dataclasses.replace(setup, config=config, train_split=split, rate=rate, batch_reason=reason)
+
+
+def with_execution(setup: Setup, precision: Precision, threads: int, packed: bool) -> Setup:
+    """The same run with its steps computed in another way."""
+    machine = dataclasses.replace(setup.machine, threads=threads)
+    engine = choose_engine(setup.engine.name, precision, machine.device, packed)
+    return dataclasses.replace(setup, machine=machine, precision=precision, engine=engine)
+
+
+def kept_threads(decided: dict[str, Any]) -> int | None:
+    """The threads that an earlier part of a run used, as far as this machine has so many processors; else None."""
+    threads = decided.get("threads")
+    return threads if type(threads) is int and 1 <= threads <= (os.cpu_count() or 1) else None
 
 
 def _precision(train: TrainConfig, decided: str | None, machine: Machine) -> Precision:

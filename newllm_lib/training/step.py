@@ -73,7 +73,7 @@ class TrainingStep:
         train = setup.config.train
         return cls(
             model,
-            make_optimizers(model, train, setup.rate.value),
+            make_optimizers(model, train, setup.rate.value, setup.precision.name),
             setup.precision,
             setup.engine.run,
             clip=clip_norm(0, train),

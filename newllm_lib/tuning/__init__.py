@@ -2,6 +2,7 @@
 
 from newllm_lib.system.memory import free_memory_bytes
 from newllm_lib.tuning.batch_finder import BatchChoice, find_batch, search_batch, settle_batch
+from newllm_lib.tuning.execution import settle_execution
 from newllm_lib.tuning.machine import probe, probe_lines, product_rate
 from newllm_lib.tuning.throughput import estimate_speed
 from newllm_lib.tuning.trial import Try
@@ -17,4 +18,5 @@ __all__ = [
     "product_rate",
     "search_batch",
     "settle_batch",
+    "settle_execution",
 ]

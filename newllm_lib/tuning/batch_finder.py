@@ -17,6 +17,7 @@ from newllm_lib.system.memory import GPUMemory, ProcessMemory, memory_of
 from newllm_lib.training.estimates import memory_estimate_bytes
 from newllm_lib.training.setup import Setup, largest_batch, make_setup, with_batch
 from newllm_lib.tuning.cache import Store, digest, step_facts
+from newllm_lib.tuning.execution import settle_execution
 from newllm_lib.tuning.trial import ABOVE_LIMIT, RAN, Try, expected_seconds, run_try, warm_up
 
 MEMORY_SHARE = 0.9
@@ -88,7 +89,7 @@ def find_batch(
     takes what it needs). report: what is told of each try. ConfigError for bad settings, or where nothing fits.
     """
     config = presets.get(config) if isinstance(config, str) else config
-    setup = make_setup(config.replace(**overrides | {"batch_policy": policy}))
+    setup = settle_execution(make_setup(config.replace(**overrides | {"batch_policy": policy})), {})
     return search_batch(setup, policy, memory_share, report, seconds=seconds)
 
 

@@ -26,6 +26,7 @@ from newllm_lib.training.batches import Batches, mix_seed
 from newllm_lib.training.rng import generator_states, restore_generators
 from newllm_lib.training.setup import Setup, make_setup
 from newllm_lib.training.step import TrainingStep
+from newllm_lib.tuning.execution import settle_execution
 
 _SMOOTHING = 0.9
 """Decay of the running mean of the loss."""
@@ -110,7 +111,7 @@ def lr_find(
     states = generator_states()
     try:
         config = resolve(config, **overrides)
-        setup = make_setup(config, prepared=prepare(config, tokenizer))
+        setup = settle_execution(make_setup(config, prepared=prepare(config, tokenizer)), {})
         with BUFFERS.kept():
             return _sweep(setup, _copy(setup, model), low, high, steps, report)
     finally:

@@ -139,7 +139,10 @@ def test_plan_panel_and_training_keep_what_the_run_began_with(config, machine_ba
     assert planned_with(config).decided == shown_with(config).decided == trained_with(config).decided
     stopped(config)
     machine_batch(16)  # what another machine would choose
-    expected = {"batch_size": 8, "micro_batch_size": None, "precision": "fp32", "engine": "fused"}
+    expected = {
+        "batch_size": 8, "micro_batch_size": None, "precision": "fp32", "engine": "fused", "threads": 1,
+        "layout": "packed", "device": "cpu",
+    }  # fmt: skip
     for decide in (planned_with, shown_with, trained_with):
         assert decide(config).decided == expected
     other = config.replace(name="other")

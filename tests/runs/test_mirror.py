@@ -846,7 +846,7 @@ def test_a_batch_left_to_the_hardware_comes_back_even_without_the_record(config,
     flip(drive / "r" / "run.json")
     path = drive / "r" / "checkpoints" / "r_final.pt"
     payload = load_checkpoint(path, fail)
-    payload["config"]["train"]["batch_size"] = 16  # as on a smaller machine
+    payload["config"]["train"]["batch_size"] = payload["decided"]["batch_size"] = 16  # as on a smaller machine
     save_checkpoint(path, payload, 1)
     (drive / "r" / "checkpoints" / "best_r.pt").unlink()
     trainer, _ = trained(config, batch_size=None, max_steps=2)

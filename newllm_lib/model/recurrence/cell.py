@@ -24,9 +24,18 @@ class LoopWeights:
     norm_bias: Tensor
     clamp: float
     scale: float = 1.0
+    packed: bool = True
+    """Whether products may use oneDNN's layout."""
 
     @classmethod
-    def of(cls, weights: Weights, words: Tensor | None, dtype: torch.dtype, scale: float = 1.0) -> LoopWeights:
+    def of(
+        cls,
+        weights: Weights,
+        words: Tensor | None,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        packed: bool = True,
+    ) -> LoopWeights:
         """For products in `dtype`; words (U,) int64: the words in use, None for all of the vocabulary."""
         used = weights.embedding if words is None else weights.embedding[words]
         return cls(
@@ -38,7 +47,12 @@ class LoopWeights:
             norm_bias=weights.norm_bias,
             clamp=weights.clamp,
             scale=scale,
+            packed=packed,
         )
+
+    def product(self, weight: Tensor, bias: Tensor | None = None, *, rows: int, relu: bool = False) -> Product:
+        """A product of one of these weights, in their layout."""
+        return Product(weight, bias, rows=rows, relu=relu, packed=self.packed)
 
 
 class Cell:
@@ -49,9 +63,9 @@ class Cell:
 
     def __init__(self, prepared: LoopWeights, rows: int):
         self.table = prepared.table
-        self._enter = Product(prepared.context, rows=rows, relu=True)
-        self._layers = [Product(weight, bias, rows=rows, relu=True) for weight, bias in prepared.layers]
-        self._heads = Product(*prepared.heads, rows=rows)
+        self._enter = prepared.product(prepared.context, rows=rows, relu=True)
+        self._layers = [prepared.product(weight, bias, rows=rows, relu=True) for weight, bias in prepared.layers]
+        self._heads = prepared.product(*prepared.heads, rows=rows)
         self._norm = (prepared.norm, prepared.norm_bias)
         self._clamp = prepared.clamp
         self.products = [self._enter, *self._layers, self._heads]

@@ -40,8 +40,9 @@ def recurrence(
     context: Tensor,
     lengths: Tensor | None = None,
     dropout: Dropout | None = None,
+    packed: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.recurrence`, in values and gradients."""
+    """As `reference.recurrence`, in values and gradients; packed: whether products may use oneDNN's layout."""
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else context.dtype
     first = (weights.embedding, weights.token, weights.token_bias, weights.context)
@@ -50,8 +51,8 @@ def recurrence(
     with torch.autocast(device, enabled=False):
         packing = Packing.of(tokens, lengths)
         if dropout is None and not torch.is_grad_enabled():
-            return _read(LoopWeights.of(weights, packing.words, dtype), packing, context)
-        return _Recurrence.apply(packing, dropout, weights.clamp, dtype, context, *first, *last, *layers)
+            return _read(LoopWeights.of(weights, packing.words, dtype, packed=packed), packing, context)
+        return _Recurrence.apply(packing, dropout, weights.clamp, dtype, packed, context, *first, *last, *layers)
 
 
 @dataclass
@@ -80,14 +81,14 @@ class _Recurrence(torch.autograd.Function):
     """All steps of a packed batch, forward and back."""
 
     @staticmethod
-    def forward(ctx, packing, dropout, clamp, dtype, context, *tensors):
+    def forward(ctx, packing, dropout, clamp, dtype, packed, context, *tensors):
         """Hidden (B, T, H) in the type of the products, and the context (B, C) after the last token."""
         embedding, token, token_bias, context_weight, heads, heads_bias, norm, norm_bias, *layers = tensors
         pairs = tuple(zip(layers[::2], layers[1::2], strict=True))
         weights = Weights(
             embedding, token, token_bias, context_weight, pairs, heads, heads_bias, norm, norm_bias, clamp
         )
-        cell = LoopWeights.of(weights, packing.words, dtype, dropout.scale if dropout else 1.0)
+        cell = LoopWeights.of(weights, packing.words, dtype, dropout.scale if dropout else 1.0, packed)
         state = context[packing.order]
         trace = _new_trace(cell, state, packing)
         _run(cell, packing, dropout, state, trace)
@@ -119,7 +120,7 @@ class _Recurrence(torch.autograd.Function):
                 gradient.add_(part)
         grad_context = torch.empty_like(context)
         grad_context[packing.order] = grad_state
-        return None, None, None, None, grad_context, *gradients
+        return None, None, None, None, None, grad_context, *gradients
 
 
 def _read(prepared: LoopWeights, packing: Packing, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,9 +156,9 @@ def _run(cell: LoopWeights, packing: Packing, dropout: Dropout | None, state: Te
     """The loop, kept in `trace`; `state` (B, C) ends as the context after each row's last token."""
     inputs = _rows(cell.table, pad(packing.word_of, (0, packing.slack)))  # (N + slack, H)
     most = len(packing.order)
-    enter = Product(cell.context, rows=most, relu=True)
-    layers = [Product(weight, bias, rows=most, relu=True) for weight, bias in cell.layers]
-    gates = Product(*cell.heads, rows=most)
+    enter = cell.product(cell.context, rows=most, relu=True)
+    layers = [cell.product(weight, bias, rows=most, relu=True) for weight, bias in cell.layers]
+    gates = cell.product(*cell.heads, rows=most)
     if dropout:
         dropout.start(len(layers) + 1, most, inputs.shape[1], None if packing.sorted else packing.order)
     for t, rows in enumerate(packing.active):
@@ -189,7 +190,7 @@ def _keep(h: Tensor, masks: Tensor | None, layer: int, kept: Tensor) -> Tensor:
 def _backward_products(cell: LoopWeights, rows: int) -> tuple[list[Product], Product]:
     """The weights the other way round: of every layer, and of the heads."""
     weights = (cell.context, *(weight for weight, _ in cell.layers))
-    return [Product(weight.t(), rows=rows) for weight in weights], Product(cell.heads[0].t(), rows=rows)
+    return [cell.product(weight.t(), rows=rows) for weight in weights], cell.product(cell.heads[0].t(), rows=rows)
 
 
 def _run_back(cell, back, packing: Packing, trace: _Trace, first, grad_top, grad_state, steps: range) -> _Deltas:

@@ -11,12 +11,15 @@ class Product:
     """x (n, in) -> x @ weight.T + bias (n, out), then relu where asked for, then + other where given.
 
     On a CPU, in FP32 and BF16, the weight is put into oneDNN's blocked layout, which saves a reordering in each call
-    (half the time at 32 rows) and, in FP32 on AMD processors, a slower library. Elsewhere it is `linear`.
+    (half the time at 32 rows) and, in FP32 on AMD processors, a slower library. Elsewhere, and with packed=False, it is
+    `linear`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, rows: int, relu: bool = False):
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, rows: int, relu: bool = False, packed: bool = True
+    ):
         self.weight, self.bias, self.relu = weight, bias, relu
-        self._packed = _pack(weight, rows) if packs(weight, rows) else None
+        self._packed = _pack(weight, rows) if packed and packs(weight, rows) else None
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The product for some rows."""

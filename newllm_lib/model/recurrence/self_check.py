@@ -29,20 +29,22 @@ class EngineChoice(NamedTuple):
     name: str
     run: Callable
     reason: str
+    packed: bool = True
+    """Whether its products may use oneDNN's layout of the weights."""
 
 
-def choose_engine(requested: str, precision: Precision, device: str) -> EngineChoice:
+def choose_engine(requested: str, precision: Precision, device: str, packed: bool = True) -> EngineChoice:
     """The engine called `requested` (auto = the best), or the reference where that one fails or disagrees.
 
-    ConfigError for an unknown name.
+    packed: whether its products may use oneDNN's layout of the weights. ConfigError for an unknown name.
     """
-    name, run = get_engine(requested)
+    name, run = get_engine(requested, packed)
     if run is reference.recurrence:
-        return EngineChoice(name, run, "the oracle itself")
+        return EngineChoice(name, run, "the oracle itself", packed)
     fault = _fault(run, precision, device)
     if fault is None:
-        return EngineChoice(name, run, "agrees with the reference in its self-check")
-    return EngineChoice("reference", ENGINES["reference"], f"{name} failed its self-check ({fault})")
+        return EngineChoice(name, run, "agrees with the reference in its self-check", packed)
+    return EngineChoice("reference", ENGINES["reference"], f"{name} failed its self-check ({fault})", packed)
 
 
 def choose_numerics(

@@ -69,7 +69,7 @@ def make_step(
     """
     train = train or TrainConfig()
     chosen, chosen_engine = choose_numerics(model.device, precision, engine)
-    optimizers = make_optimizers(model, train, train.lr or train.lr_base)
+    optimizers = make_optimizers(model, train, train.lr or train.lr_base, chosen.name)
     training_step = TrainingStep(model, optimizers, chosen, chosen_engine.run, clip=0.5)
     calls = iter(range(1 << 62))
 
