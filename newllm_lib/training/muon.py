@@ -17,7 +17,7 @@ MUON_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` (Jordan et al. 2024), whose state it reads and writes, with products in a type of choice.
 
-    The formula is the same: momentum, Nesterov's look-ahead, Newton-Schulz, the step times sqrt(max(1, rows / columns)).
+    The formula is the same: momentum, Nesterov's look-ahead, Newton-Schulz, the step times sqrt(max(1, rows / cols)).
     torch's own makes its products in bfloat16, one matrix after the other, whatever the processor is fast at.
     """
 

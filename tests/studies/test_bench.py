@@ -1,5 +1,6 @@
 """The bench: its subjects are what they claim to be, and it writes what it says."""
 
+import itertools
 import json
 
 import pytest
@@ -10,10 +11,12 @@ from tiny import tiny_setup, tiny_trainer
 from newllm_lib.cli import main
 from newllm_lib.config import ModelConfig, TrainConfig
 from newllm_lib.model.newllm import NewLLM
-from newllm_lib.studies.bench import training_speed
+from newllm_lib.studies.bench import execution_choice, training_speed
 from newllm_lib.studies.bench.baselines import LSTMModel, PublishedLoop, plain_step
 from newllm_lib.studies.bench.training_speed import Case, make_step, memory_bytes, run_bench
+from newllm_lib.system.hardware import Machine
 from newllm_lib.training.estimates import matrix_parameters
+from newllm_lib.tuning.execution import Execution, Way
 
 
 def test_the_published_loop_has_the_published_parameters_and_formulas():
@@ -110,3 +113,42 @@ def test_an_unknown_part_is_named(text, tmp_path):
         ValueError, match="unknown part 'speed': must be one of batch, fp32, length, hidden_dim, num_layers"
     ):
         run_bench(str(text), tmp_path, ["speed"])
+
+
+@pytest.mark.slow
+def test_the_part_on_the_choice_writes_its_table(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(execution_choice, "BATCHES", (2,))
+    result = run_bench(str(text), tmp_path, ["execution"], rounds=1, memory=False, report=lambda text: None)
+    (row,) = result["execution"]
+    assert row["batch"] == 2 and row["chosen"] == ["fp32 on 1 thread"] * 3
+    assert 0 < row["chosen_by_best"] <= 1
+    assert f"| 2 | {1000 * row['ways'][0]['seconds']:,.0f} | " in (tmp_path / "bench.md").read_text()
+
+
+def test_the_choice_is_compared_with_the_best_way(monkeypatch):
+    """Two threads: FP32 takes 4 s (3 s unpacked), on one thread 2 s and 8 s; each of three choices counts."""
+    ways = [Way("fp32", True, 2), Way("fp32", False, 2), Way("fp32", True, 1), Way("fp32", False, 1)]
+    seconds = itertools.cycle([4.0, 3.0, 2.0, 8.0])
+    chosen = iter([ways[1], ways[0], ways[2]])
+
+    def choose(work, open_ways, remeasure):
+        assert remeasure and open_ways == [*ways[:2], ways[2]]
+        way = next(chosen)
+        return Execution(way=way, rates={way: 1.0}, rows=2, product_rate=1e9, steady=True)
+
+    monkeypatch.setattr(execution_choice, "BATCHES", (2,))
+    monkeypatch.setattr(execution_choice, "fastest_way", choose)
+    monkeypatch.setattr(execution_choice, "timed", lambda step, machine: next(seconds))
+    machine = Machine(device="cpu", name="Some CPU", threads=2)
+    (row,) = execution_choice.measure_choice(lambda batch: torch.ones(batch, 4).long(), machine, 5, lambda text: None)
+    assert row["best"] == "fp32 on 1 thread"
+    assert row["chosen"] == ["fp32 unpacked on 2 threads", "fp32 on 2 threads", "fp32 on 1 thread"]
+    assert row["chosen_by_best"] == pytest.approx(2 / 3)  # of 2/3, 2/4 and 2/2
+    table = execution_choice.choice_text([row])
+    assert "| 2 | 2,000 | 4,000 | 8,000 | 3,000 | fp32 unpacked on 2 threads, " in table
+    assert table.splitlines()[2].endswith(", fp32 on 1 thread | 0.667 |")
+
+
+def test_nothing_is_chosen_on_a_gpu():
+    gpu = Machine(device="cuda:0", name="T4", capability=(7, 5))
+    assert execution_choice.measure_choice(pytest.fail, gpu, 1, pytest.fail) == []

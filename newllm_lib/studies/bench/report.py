@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.escaping import markdown_text, plot_text
+from newllm_lib.studies.bench.execution_choice import choice_text
 from newllm_lib.studies.bench.inference_speed import inference_text
 from newllm_lib.system.files import write_atomic
 
@@ -57,6 +58,7 @@ def table_text(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
+    text += ("\n" + choice_text(result["execution"])) if result.get("execution") else ""
     return text + ("\n" + inference_text(result["inference"]) if "inference" in result else "")
 
 

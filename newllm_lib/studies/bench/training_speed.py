@@ -27,15 +27,17 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.packed_linear import Product
 from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.studies.bench.baselines import LSTMModel, PublishedLoop, plain_step
+from newllm_lib.studies.bench.execution_choice import measure_choice
 from newllm_lib.studies.bench.inference_speed import measure_inference
 from newllm_lib.studies.bench.report import GROWTH, table_text, write_plot
 from newllm_lib.system.files import file_errors, make_folder, write_text_atomic
-from newllm_lib.system.hardware import Machine, choose_precision, cpu_threads, detect, environment
+from newllm_lib.system.hardware import Machine, choose_precision, cpu_threads, detect, environment, native_formats
 from newllm_lib.system.memory import peak_memory_bytes
 from newllm_lib.system.timing import timed
 from newllm_lib.training.estimates import matrix_parameters
 from newllm_lib.training.optimizers import make_optimizers
 from newllm_lib.training.step import TrainingStep
+from newllm_lib.tuning.execution import Work, fastest_way
 
 SUBJECTS = ("published", "reference", "fused", "lstm")
 """The published loop, the engines, and an LSTM of equal parameters."""
@@ -115,6 +117,7 @@ def measure(
     The products of each case are timed right after its step, so that both see the machine in the same mood.
     """
     machine = detect()
+    cases = [with_format(case, machine) for case in cases]
     rows = batches(data, cases, machine)
     with cpu_threads(machine.threads):
         steps = [subject_step(case, rows[case.batch, case.length], machine) for case in cases]
@@ -127,6 +130,18 @@ def measure(
                     times[number].append(taken)
             report(f"round {turn} of {rounds}" + (" (warm-up)" if not turn else ""))
     return [describe(case, rows[case.batch, case.length], taken) for case, taken in zip(cases, times, strict=True)]
+
+
+def with_format(case: Case, machine: Machine) -> Case:
+    """A case whose format is left to the machine, in the one that a run of its size would take."""
+    if case.precision != "auto":
+        return case
+    found = None
+    if machine.kind == "cpu":
+        work = Work(case.model, case.batch, "fused", machine)
+        found = fastest_way(work, work.ways(native_formats(machine), any_threads=False))
+    chosen = found.way.precision if found else choose_precision("auto", machine).name
+    return dataclasses.replace(case, precision=chosen)
 
 
 def describe(case: Case, ids: Tensor, taken: list[tuple[float, float]]) -> dict[str, Any]:
@@ -220,8 +235,8 @@ PARTS: dict[str, list[Case]] = {
     "num_layers": [Case(subject="fused", batch=128, num_layers=layers) for layers in (2, 6, 12)],
 }
 """Each part is one comparison, its cases taken in turn."""
-INFERENCE = "inference"
-"""The part that is no training step."""
+INFERENCE, EXECUTION = "inference", "execution"
+"""The parts that compare no subjects: generation, and how well a run's format, threads and layout are chosen."""
 
 MEMORY = [Case(subject=name, batch=batch) for name, batch in (("published", 512), ("fused", 512), ("fused", 2048))]
 """Cases whose peak memory is measured, each in a process of its own."""
@@ -237,12 +252,12 @@ def run_bench(
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure the parts and write bench.json, bench.md and bench.png to a folder; returns what bench.json holds."""
-    unknown = sorted(set(parts) - {*PARTS, INFERENCE})
+    unknown = sorted(set(parts) - {*PARTS, INFERENCE, EXECUTION})
     if unknown:
-        raise ConfigError(f"unknown part {unknown[0]!r}: must be one of {', '.join((*PARTS, INFERENCE))}")
+        raise ConfigError(f"unknown part {unknown[0]!r}: must be one of {', '.join((*PARTS, INFERENCE, EXECUTION))}")
     make_folder(folder)  # before minutes of measuring
     rows = []
-    for part in [part for part in parts if part != INFERENCE]:
+    for part in [part for part in parts if part in PARTS]:
         report(f"part {part}: {len(PARTS[part])} cases")
         rows += [{"part": part, **row} for row in measure(PARTS[part], data, rounds, report)]
     for case in MEMORY if memory else []:
@@ -250,6 +265,8 @@ def run_bench(
         row = {"part": "memory", **measure([case], data, 1, lambda text: None)[0]}
         rows.append(row | {"memory_bytes": memory_bytes(case, data)})
     result = {"environment": environment(detect()), "data": last_part(data), "rounds": rounds, "rows": rows}
+    if EXECUTION in parts:
+        result[EXECUTION] = measure_choice(lambda batch: _rows_of(data, batch), detect(), rounds, report)
     if INFERENCE in parts:
         result[INFERENCE] = measure_inference(rounds, report)
     write_text_atomic(folder / "bench.json", json.dumps(result, indent=2) + "\n")
@@ -257,6 +274,12 @@ def run_bench(
     if set(parts) & set(GROWTH):
         write_plot(folder / "bench.png", result)
     return result
+
+
+def _rows_of(data: str, batch: int) -> Tensor:
+    """Ids (B, S) of a batch of the data, at the published length."""
+    case = Case(subject="fused", batch=batch)
+    return batches(data, [case], detect())[batch, case.length]
 
 
 if __name__ == "__main__":
