@@ -17,7 +17,7 @@ from newllm_lib.runs.mirror import Mirror
 from newllm_lib.training.checkpoint import Checkpoints, check_payload
 from newllm_lib.training.estimates import memory_estimate_bytes
 from newllm_lib.training.setup import Setup, make_setup
-from newllm_lib.tuning import free_memory_bytes, settle_batch, settle_execution
+from newllm_lib.tuning import SharedExecution, free_memory_bytes, settle_batch, settle_execution
 
 _OF_A_DEVICE = ("precision", "engine", "threads", "layout")
 """Decisions that a run keeps only for as long as it stays on one kind of device."""
@@ -61,6 +61,7 @@ def resolve_run(
     claim: Callable[[RunPlace], Mirror | None] = lambda place: None,
     preview: bool = False,
     remeasure: bool = False,
+    shared: SharedExecution | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> ResolvedRun:
     """Every decision of a run: by its settings, by what its folder holds, and by what this machine is asked.
@@ -68,9 +69,9 @@ def resolve_run(
     prepared: its text, where that was read before. claim: makes the folder that of the training, before it is read but
     after the settings were checked, and returns what keeps the copy; without it nothing is written. A preview leaves
     out what takes long (searching a batch, reading a checkpoint) and returns what is wrong with the folder as
-    `refusal`. remeasure: time again how steps are computed fastest, where that is open. log: gets a line for each try
-    of a search. Raises ConfigError, DataError or FileError for bad settings or
-    data; RunError or CheckpointError where the folder's record is damaged or that of an imported run.
+    `refusal`. remeasure: time again how steps are computed fastest, where that is open; shared: what a study decided
+    for all of its runs. log: gets a line for each try of a search. Raises ConfigError, DataError or FileError for bad
+    settings or data; RunError or CheckpointError where the folder's record is damaged or that of an imported run.
     """
     setup = make_setup(requested, prepared=prepared)
     place = _place_of(setup)
@@ -87,7 +88,7 @@ def resolve_run(
         if not preview:
             raise
         refusal = str(error)
-    setup = settle_execution(setup, {} if moved else decided, remeasure)
+    setup = settle_execution(setup, {} if moved else decided, remeasure, shared)
     if not preview or _may_need_pieces(setup):
         setup = settle_batch(setup, decided, log)
     return ResolvedRun(setup=setup, place=place, mirror=mirror, earlier=earlier, in_copy=in_copy, refusal=refusal)

@@ -18,16 +18,38 @@ from newllm_lib.runs.run import Run
 from newllm_lib.system.console import in_kernel
 from newllm_lib.training.observers import Observer
 from newllm_lib.training.trainer import Trainer
-from newllm_lib.tuning import estimate_speed
+from newllm_lib.tuning import SharedExecution, estimate_speed
 
 
-def launch(requested: RunConfig, fresh: bool, progress: Progress, watch: Callable[[Trainer], None]) -> Run:
-    """Train or continue the run that was asked for; errors as of `newllm_lib.train`."""
+def launch(
+    requested: RunConfig,
+    fresh: bool,
+    progress: Progress | None,
+    watch: Callable[[Trainer], None],
+    shared: SharedExecution | None = None,
+) -> Run:
+    """Train or continue the run that was asked for; arguments and errors as of `newllm_lib.train`.
 
+    shared: how a new run computes its steps, where it belongs to a study whose runs all do it in one way.
+    """
+    progress = progress or default_progress()
+    try:
+        return _launch(requested, fresh, progress, watch, shared)
+    finally:
+        progress.close()  # however it ends, and also where nothing begins
+
+
+def _launch(
+    requested: RunConfig,
+    fresh: bool,
+    progress: Progress,
+    watch: Callable[[Trainer], None],
+    shared: SharedExecution | None,
+) -> Run:
     def claim(place: RunPlace) -> Mirror | None:
         return _claim(place, requested.mirror_dir, fresh, progress.message)
 
-    resolved = resolve_run(requested, claim=claim, log=progress.message)
+    resolved = resolve_run(requested, claim=claim, shared=shared, log=progress.message)
     setup, earlier, mirror = resolved.setup, resolved.earlier, resolved.mirror
     folder, checkpoints = resolved.place.folder, resolved.place.checkpoints
     checkpoints.take_over(earlier.run or folder.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,12 +13,17 @@ from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.errors import ConfigError, RunError, TrainingError
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.reporting.record import holds_run, read_record
+from newllm_lib.runs.launch import launch
 from newllm_lib.system.files import file_errors, make_folder, read_json, write_text_atomic
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.trainer import Trainer
+from newllm_lib.tuning import SharedExecution, settle_execution
 
 SETTINGS = "settings.json"
 """What makes a study, in its folder before the first run, so that no other one is mixed into it."""
+
+_EXECUTION = "execution"
+"""In SETTINGS: how all runs compute their steps. It makes no other study of one that is asked for again."""
 
 FAILURE = "failure.txt"
 """What a run leaves in its folder when training breaks down; it is not tried again while this is there."""
@@ -40,11 +46,12 @@ def listed(values: str | Iterable, kind: type = str) -> tuple:
         raise ConfigError(f"{values!r}: must be whole numbers with commas between") from None
 
 
-def claim(places: Sequence[Path], key: str, setup: Setup, **more: Any) -> None:
+def claim(places: Sequence[Path], key: str, setup: Setup, **more: Any) -> SharedExecution:
     """Make folders those of the study of a key; RunError, and nothing written, where one is another study's.
 
     more: what makes the key beside the text and the settings that make a run's identity; both are named where they
-    differ.
+    differ. Returns how the study's runs compute their steps: as it began, by the old rules where an earlier version
+    began it, measured now where it is new.
     """
     fields = {
         name: getattr(getattr(setup.requested, item.section), name)
@@ -53,8 +60,11 @@ def claim(places: Sequence[Path], key: str, setup: Setup, **more: Any) -> None:
     }
     data = f"{setup.prepared.corpus_name} (sha256 {setup.prepared.fingerprint[:16]}…)"
     mine = json.loads(json.dumps({"key": key, "data": data} | fields | more))  # as it will be read back
+    shared = None
     for place in places:
         earlier = _claimed(place)
+        if earlier:
+            shared = shared or SharedExecution.from_dict(earlier.get(_EXECUTION)) or SharedExecution.of(setup)
         if earlier.get("key") not in (None, key):
             found = [(name, earlier[name], mine[name]) for name in mine if name != "key" and name in earlier]
             changed = "; ".join(f"{name} {old!r} there, {new!r} here" for name, old, new in found if old != new)
@@ -62,10 +72,13 @@ def claim(places: Sequence[Path], key: str, setup: Setup, **more: Any) -> None:
                 f"{place}: holds a study with other settings{changed and f': {changed}'}. Give this one another name, "
                 "or move that folder away"
             )
+    shared = shared or SharedExecution.of(settle_execution(setup, {}))
     for place in places:
         if not _claimed(place):
             make_folder(place)
-            write_text_atomic(place / SETTINGS, json.dumps(mine, indent=2) + "\n")
+            settings = mine | {_EXECUTION: dataclasses.asdict(shared)}
+            write_text_atomic(place / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    return shared
 
 
 def _claimed(place: Path) -> dict[str, Any]:
@@ -96,18 +109,20 @@ def train_member(
     total_steps: int,
     progress: Progress | None = None,
     watch: Callable[[Trainer], None] = lambda trainer: None,
+    *,
+    shared: SharedExecution,
 ) -> runs.Run:
     """The run of a configuration with a name of its own, ended in one way or another.
 
-    fingerprint: of the data; total_steps: what the study plans for it. A run that breaks down is left as it is, which
-    is a result too (`failure_of`). Raises StudyInterrupted where it was interrupted (it is saved, and the same call
-    goes on with it), RunError as `check_length`.
+    fingerprint: of the data; total_steps: what the study plans for it; shared: as `claim` returned it. A run that
+    breaks down is left as it is, which is a result too (`failure_of`). Raises StudyInterrupted where it was interrupted
+    (it is saved, and the same call goes on with it), RunError as `check_length`.
     """
     folder = Path(config.results_dir) / config.name
     if not has_ended(config, fingerprint):
         interrupted = f"{folder}: interrupted; the same call goes on from here"
         try:
-            run = runs.train(config, progress=progress, watch=watch)
+            run = launch(config, False, progress, watch, shared)
         except TrainingError as error:
             write_text_atomic(folder / FAILURE, f"{error}\n")
         except KeyboardInterrupt as error:  # for the second time, or before the first step

@@ -23,10 +23,10 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import Dropout
 from newllm_lib.model.recurrence.self_check import choose_engine
 from newllm_lib.system.buffer_pool import BUFFERS
-from newllm_lib.system.hardware import Machine, Precision, cpu_threads, native_formats
+from newllm_lib.system.hardware import DTYPES, Machine, Precision, cpu_threads, native_formats
 from newllm_lib.system.memory import is_out_of_memory
 from newllm_lib.training.rng import generator_states, restore_generators
-from newllm_lib.training.setup import Setup, with_execution
+from newllm_lib.training.setup import PACKED, PLAIN, Setup, kept_threads, with_execution
 from newllm_lib.tuning.cache import Store, digest
 from newllm_lib.tuning.products import product_rate
 
@@ -146,17 +146,47 @@ _MEASURED: dict[str, Execution] = {}
 """What this process has measured, also where it was too unsteady for the cache: a plan and its run must agree."""
 
 
-def settle_execution(setup: Setup, decided: dict[str, Any], remeasure: bool = False) -> Setup:
+@dataclass(frozen=True)
+class SharedExecution:
+    """What a study decides for all of its runs, so that none of them differs from another by how it was computed."""
+
+    precision: str
+    threads: int
+    layout: str
+
+    @classmethod
+    def of(cls, setup: Setup) -> SharedExecution:
+        """That of a setup."""
+        return cls(setup.precision.name, setup.machine.threads, setup.decided["layout"])
+
+    @classmethod
+    def from_dict(cls, found: Any) -> SharedExecution | None:
+        """What `dataclasses.asdict` gave; None for anything else, and where this machine has fewer processors."""
+        if not isinstance(found, dict) or found.get("precision") not in DTYPES:
+            return None
+        if found.get("layout") not in (PACKED, PLAIN) or not kept_threads(found):
+            return None
+        return cls(found["precision"], found["threads"], found["layout"])
+
+
+def settle_execution(
+    setup: Setup, decided: dict[str, Any], remeasure: bool = False, shared: SharedExecution | None = None
+) -> Setup:
     """The setup with the number format, the threads and the layout that are fastest for it on this CPU.
 
     What the configuration says stays, and all that `decided` (of an earlier part of the run) holds, or stands for: a
     run of an earlier version continues by the rules of that version. Nothing is measured where both format and threads
-    are given, nor on a GPU. remeasure: time again what is known already.
+    are given, nor on a GPU. remeasure: time again what is known already. shared: what takes the place of a measurement.
     """
     if decided or setup.machine.kind != "cpu":
         return setup
     requested, work = setup.requested.train, Work.of(setup)
     is_open = requested.precision == "auto" or setup.precision.substituted
+    if shared:
+        precision = setup.precision
+        if is_open:
+            precision = Precision(shared.precision, "as every run of this study", precision.substituted)
+        return with_execution(setup, precision, requested.threads or shared.threads, shared.layout == PACKED)
     formats = native_formats(setup.machine) if is_open else [setup.precision.name]
     ways = work.ways(formats, any_threads=requested.threads is None)
     if len({(way.precision, way.threads) for way in ways}) == 1:

@@ -20,7 +20,17 @@ from newllm_lib.system.hardware import Machine, detect
 from newllm_lib.training import setup as setups
 from newllm_lib.training.setup import make_setup
 from newllm_lib.tuning import execution
-from newllm_lib.tuning.execution import Execution, Way, Work, is_steady, measure, preferred, race, settle_execution
+from newllm_lib.tuning.execution import (
+    Execution,
+    SharedExecution,
+    Way,
+    Work,
+    is_steady,
+    measure,
+    preferred,
+    race,
+    settle_execution,
+)
 
 MODEL = ModelConfig(vocab_size=50, embed_dim=16, hidden_dim=32, context_dim=16, num_layers=2, dropout=0.1)
 FP32, PLAIN32, BF16 = Way("fp32", True, 4), Way("fp32", False, 4), Way("bf16", True, 4)
@@ -346,3 +356,52 @@ def test_a_gpu_is_judged_by_its_capability(config, answer):
     setup = SimpleNamespace(machine=gpu)
     assert settle_execution(setup, {}) is setup
     assert asked == []
+
+
+# --- studies ------------------------------------------------------------------------------------------------------
+
+
+def test_the_runs_of_a_study_share_one_way(config, answer):
+    asked = answer(Way("bf16", False, 2))
+    arguments = {"batch_sizes": (4, 8), "rules": ("none",), "initialisations": ("published",), "name": "grid"}
+    study = nl.lr_scaling(config.replace(lr=None, lr_base=1e-3), **arguments)
+    found = [nl.load(path.parent).record for path in sorted(study.folder.glob("*/run.json"))]
+    assert [record["decided"]["batch_size"] for record in found] == [4, 8]
+    for record in found:
+        decided = record["decided"]
+        assert (decided["precision"], decided["threads"], decided["layout"]) == ("bf16", 2, "plain")
+        assert dict(record["plan"])["precision"] == "bf16: as every run of this study"
+    answer(Way("fp32", True, 4))
+    arguments["batch_sizes"] = (4, 8, 16)
+    nl.lr_scaling(config.replace(lr=None, lr_base=1e-3), **arguments)
+    (added,) = [nl.load(path.parent).record for path in study.folder.glob("*batch-16*/run.json")]
+    assert (added["decided"]["precision"], added["decided"]["threads"], len(asked)) == ("bf16", 2, 1)
+
+
+def test_a_study_of_an_earlier_version_goes_on_by_the_old_rules(config, answer):
+    asked = answer(Way("fp32", False, 2))
+    arguments = {"rules": ("none",), "initialisations": ("published",), "name": "grid"}
+    study = nl.lr_scaling(config.replace(lr=None, lr_base=1e-3), batch_sizes=(4,), **arguments)
+    settings = json.loads((study.folder / "settings.json").read_text())
+    assert settings.pop("execution") == {"precision": "fp32", "threads": 2, "layout": "plain"}
+    (study.folder / "settings.json").write_text(json.dumps(settings))
+    nl.lr_scaling(config.replace(lr=None, lr_base=1e-3), batch_sizes=(4, 8), **arguments)
+    (added,) = [nl.load(path.parent).record for path in study.folder.glob("*batch-8*/run.json")]
+    assert (added["decided"]["precision"], added["decided"]["threads"], len(asked)) == ("bf16", 4, 1)
+
+
+def test_the_formats_of_a_comparison_share_threads_and_layout(config, answer):
+    answer(Way("fp32", False, 2))
+    study = nl.compare_precisions(config, ("fp32", "bf16"), control_seed=False, progress=Progress(), report=str)
+    found = [nl.load(path.parent).record["decided"] for path in study.folder.glob("*/run.json")]
+    assert sorted(decided["precision"] for decided in found) == ["bf16", "fp32"]
+    assert {(decided["threads"], decided["layout"]) for decided in found} == {(2, "plain")}
+
+
+@pytest.mark.parametrize(
+    "damage", [None, [], {}, {"precision": "fp64", "threads": 1, "layout": "packed"},
+               {"precision": "fp32", "threads": 10**6, "layout": "packed"},
+               {"precision": "fp32", "threads": 1, "layout": "round"}],
+)  # fmt: skip
+def test_what_a_study_never_wrote_is_not_shared(damage):
+    assert SharedExecution.from_dict(damage) is None

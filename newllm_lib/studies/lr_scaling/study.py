@@ -36,6 +36,7 @@ from newllm_lib.system.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.system.hardware import environment
 from newllm_lib.training.schedule import peak_rate
 from newllm_lib.training.setup import Setup, check_batch, make_setup
+from newllm_lib.tuning import SharedExecution
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -172,11 +173,11 @@ def lr_scaling(
     if config.mirror_dir and Path(config.mirror_dir).is_dir():
         places.append(Path(config.mirror_dir) / folder.name)
     cells = grid_cells(setup, batch_sizes, rules, initialisations, seeds, folder)
-    claim(places, key, setup, **_more(setup))
+    shared = claim(places, key, setup, **_more(setup))
     for place in places:
         for cell in cells:
             check_length(place / cell.config.name, cell_steps(setup, cell.batch_size))
-    _train(cells, setup, progress or LiveLine())
+    _train(cells, setup, progress or LiveLine(), shared)
     study = _study(folder, key, setup, cells)
     for place in places:
         study.write(place)
@@ -277,7 +278,7 @@ def cell_steps(setup: Setup, batch_size: int) -> int:
     return max(1, round(setup.total_steps * base.batch_size / batch_size))
 
 
-def _train(cells: list[Cell], setup: Setup, progress: LiveLine) -> None:
+def _train(cells: list[Cell], setup: Setup, progress: LiveLine, shared: SharedExecution) -> None:
     """Train what is left of the grid, a line for each run; the time left by what runs of that batch took."""
     fingerprint = setup.prepared.fingerprint
     sharing: dict[str, list[Cell]] = {}
@@ -295,7 +296,7 @@ def _train(cells: list[Cell], setup: Setup, progress: LiveLine) -> None:
     for number, cell in enumerate(todo, 1):
         known, started = has_ended(cell.config, fingerprint), time.monotonic()
         progress.label = f"{number} of {len(todo)}  {run_title(sharing[cell.config.name])}"
-        run = train_member(cell.config, fingerprint, cell_steps(setup, cell.batch_size), progress)
+        run = train_member(cell.config, fingerprint, cell_steps(setup, cell.batch_size), progress, shared=shared)
         if known:
             continue
         seconds.setdefault(cell.batch_size, []).append(time.monotonic() - started)

@@ -33,6 +33,7 @@ from newllm_lib.system.files import file_errors, make_folder, read_json, write_t
 from newllm_lib.system.hardware import DTYPES, Machine, Precision, choose_precision, environment
 from newllm_lib.training.setup import Setup, make_setup
 from newllm_lib.training.trainer import Trainer
+from newllm_lib.tuning import SharedExecution
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -133,7 +134,7 @@ def compare_precisions(
     more = _more(setup, formats, control_seed)
     key = hashlib.sha256(json.dumps([setup.identity, *more.values()]).encode()).hexdigest()
     folder = Path(config.results_dir) / (config.name or f"precisions-{key[:6]}")
-    claim([folder], key, setup, **more)
+    shared = claim([folder], key, setup, **more)
     if finished := _finished(folder):
         report(f"this study is finished: {folder}")
         return finished
@@ -143,7 +144,7 @@ def compare_precisions(
     weights = Weights(folder / "weights")
     for number, member in enumerate(members, 1):
         report(f"run {number} of {len(members)}: {member.label} ({member.precision.reason})")
-        _train(member, weights, setup, number == 1, progress)
+        _train(member, weights, setup, number == 1, progress, shared)
     study = _study(folder, key, setup, members, precisions)
     study.write(folder)
     weights.remove()
@@ -211,7 +212,9 @@ def _members(config: RunConfig, formats: list[Precision], control_seed: bool, fo
     ]
 
 
-def _train(member: Member, weights: Weights, setup: Setup, first: bool, progress: Progress | None) -> None:
+def _train(
+    member: Member, weights: Weights, setup: Setup, first: bool, progress: Progress | None, shared: SharedExecution
+) -> None:
     """Train, continue or read a run, its steps recorded."""
     beginning: list[NewLLM] = []
 
@@ -222,7 +225,7 @@ def _train(member: Member, weights: Weights, setup: Setup, first: bool, progress
     path = Path(member.config.results_dir) / member.label / STEPS_FILE
     log = StepLog(path, lambda model, batch: weights.measure(beginning[0], model, batch, first))
     with log.open():
-        train_member(member.config, setup.prepared.fingerprint, setup.total_steps, progress, watch)
+        train_member(member.config, setup.prepared.fingerprint, setup.total_steps, progress, watch, shared=shared)
 
 
 # --- what the runs say -------------------------------------------------------------------------------------------
