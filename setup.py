@@ -26,6 +26,7 @@ setup(
         "sentencepiece>=0.2",
         "ipywidgets>=7.7",
         "gdown>=5.2",
+        "filelock>=3.32",
     ],
     extras_require={
         "dev": [

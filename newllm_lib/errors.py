@@ -31,6 +31,7 @@ __all__ = [
     "NotAFolderError",
     "PartialUpdateError",
     "RunError",
+    "RunInUseError",
     "TrainingError",
 ]
 
@@ -52,6 +53,10 @@ class DataError(NewLLMError, ValueError):
 
 class RunError(NewLLMError, ValueError):
     """The folder of a run or of a study cannot be used: a file in it is damaged, or it holds something else."""
+
+
+class RunInUseError(RunError):
+    """Another process, or another thread of this one, writes to the run's folder."""
 
 
 class TrainingError(NewLLMError, RuntimeError):

@@ -12,6 +12,7 @@ from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.progress import Progress, TerminalProgress
 from newllm_lib.reporting.record import RunRecord
 from newllm_lib.runs.folder import RunPlace, checkpoints_gone, earlier_record, resolve_run, set_aside
+from newllm_lib.runs.lock import RunLock, refuse_several_processes
 from newllm_lib.runs.mirror import Mirror
 from newllm_lib.runs.recorder import Recorder, command
 from newllm_lib.runs.run import Run
@@ -32,9 +33,11 @@ def launch(
 
     shared: how a new run computes its steps, where it belongs to a study whose runs all do it in one way.
     """
+    refuse_several_processes()
     progress = progress or default_progress()
     try:
-        return _launch(requested, fresh, progress, watch, shared)
+        with RunLock(progress.message) as lock:
+            return _launch(requested, fresh, progress, watch, shared, lock)
     finally:
         progress.close()  # however it ends, and also where nothing begins
 
@@ -45,8 +48,10 @@ def _launch(
     progress: Progress,
     watch: Callable[[Trainer], None],
     shared: SharedExecution | None,
+    lock: RunLock,
 ) -> Run:
     def claim(place: RunPlace) -> Mirror | None:
+        lock.take(place.folder)
         return _claim(place, requested.mirror_dir, fresh, progress.message)
 
     resolved = resolve_run(requested, claim=claim, shared=shared, log=progress.message)

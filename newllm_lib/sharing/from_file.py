@@ -16,6 +16,7 @@ from newllm_lib.model.pretrained import export_model
 from newllm_lib.reporting.diagnostics import best_row
 from newllm_lib.reporting.record import MODEL, RECORD, RunRecord, read_record, write_history, write_record
 from newllm_lib.runs.folder import decided_in
+from newllm_lib.runs.lock import RunLock
 from newllm_lib.runs.run import Run, load_model
 from newllm_lib.sharing.bundle import MANIFEST, ZIP_ERRORS, folder_name, open_bundle
 from newllm_lib.sharing.legacy import read_old
@@ -50,7 +51,10 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
     make_folder(results)
     if not _is_bundle(path):
         payload = _load(path)
-        return _place(path, payload, results / folder_name(name or payload["run"], path))
+        folder = results / folder_name(name or payload["run"], path)
+        with RunLock(warn_on_stderr) as lock:
+            lock.take(folder)
+            return _place(path, payload, folder)
     with tempfile.TemporaryDirectory(prefix=".adopting-", dir=results) as scratch:
         opened = open_bundle(path, scratch)
         found = Checkpoints.of(opened.folder).newest_valid(warn_on_stderr)
@@ -60,9 +64,11 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
                 "one (in the shell --checkpoint)"
             )
         folder = results / folder_name(name or opened.folder.name, path)
-        if folder.exists():
-            return _place(found[0], check_payload(found[1], found[0]), folder, opened)
-        opened.folder.rename(folder)
+        with RunLock(warn_on_stderr) as lock:
+            lock.take(folder)
+            if folder.exists():
+                return _place(found[0], check_payload(found[1], found[0]), folder, opened)
+            opened.folder.rename(folder)
     return Run(folder)
 
 

@@ -1,8 +1,10 @@
 """How the steps of a run execute on this CPU: number format, threads and layout of the weights, by a short race.
 
 Flags and product rates mislead: a processor may have bfloat16 products that are slower than its FP32 ones, and formats
-whose products tie may differ by half in a whole step. So what is timed is a piece of a real step: the run's engine and
-widths, `_STEPS` time steps of a batch of its size, forward and backward.
+whose products tie may differ by half in a whole step. So what is timed is a piece of a real step: the run's engine,
+widths and batch, forward and backward, over two time steps and over ten. The eight between them are what a time step
+costs, the rest is what a step costs once (casting and packing the weights): together the time of a whole step, by a
+line. Eight time steps alone would count the second part eight times as heavily as a step of the published length does.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from newllm_lib.training.setup import PACKED, PLAIN, Setup, kept_threads, with_e
 from newllm_lib.tuning.cache import Store, digest
 from newllm_lib.tuning.products import product_rate
 
-_STEPS = 8
-"""Time steps of a piece."""
+_FEW, _MORE = 2, 10
+"""Time steps of the two pieces."""
 _WARM_UPS, _ROUNDS = 2, 5
 _SECONDS = 1.6
 """After which no further round begins; the product rate and the model take the rest of two seconds."""
-_PIECE_SECONDS = 0.05
+_PIECE_SECONDS = 0.06
 """A piece that takes longer is made of fewer sequences, but not of fewer than `_LEAST_ROWS`."""
 _LEAST_ROWS = 32
 _HOPELESS = 1.25
@@ -67,7 +69,7 @@ class Execution:
 
     way: Way
     rates: dict[Way, float]
-    """Targets a second of each way that was timed."""
+    """Targets a second of a whole step in each way that was timed."""
     rows: int
     """Sequences of the pieces."""
     product_rate: float
@@ -81,7 +83,7 @@ class Execution:
         order = sorted(self.rates, key=self.rates.get, reverse=True)
         rates = ", ".join(f"{way} {self.rates[way]:,.0f}" for way in order)
         products = f"{self.way.precision} products {self.product_rate / 1e9:,.0f} GFLOP/s"
-        return f"measured here, tokens/s of a short piece of a step ({self.rows} sequences): {rates}; {products}"
+        return f"measured here, tokens/s by short pieces of a step ({self.rows} sequences): {rates}; {products}"
 
     def to_dict(self) -> dict[str, Any]:
         """As the cache keeps it."""
@@ -106,6 +108,8 @@ class Work:
 
     model: ModelConfig
     rows: int
+    length: int
+    """Ids of a sequence; the model reads all but the last."""
     engine: str
     machine: Machine
 
@@ -114,7 +118,7 @@ class Work:
         """That of a run."""
         train = setup.config.train
         rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
-        return cls(setup.config.model, rows, setup.engine.name, setup.machine)
+        return cls(setup.config.model, rows, setup.config.data.sequence_length, setup.engine.name, setup.machine)
 
     def ways(self, formats: Sequence[str], any_threads: bool = True) -> list[Way]:
         """Every way with these formats, the usual one first; with fewer threads than torch's only that of FP32."""
@@ -131,7 +135,7 @@ class Work:
         Sizes count by their nearest power of two: moving a slider must not measure at every position.
         """
         model = self.model
-        sizes = {"rows": self.rows} | {
+        sizes = {"rows": self.rows, "length": self.length} | {
             name: getattr(model, name) for name in ("vocab_size", "embed_dim", "hidden_dim", "context_dim")
         }
         return {
@@ -243,65 +247,71 @@ def measure(work: Work, ways: Sequence[Way]) -> Execution:
 
 def _measure(piece: _Piece, ways: Sequence[Way], end: float) -> Execution:
     most = ways[0].threads
-    piece.seconds(ways[0])  # pays for kernels and memory
-    piece.shrink(_PIECE_SECONDS / piece.seconds(ways[0]))
-    taken = race([way for way in ways if way.threads == most], piece.seconds, end)
-    best = preferred(taken, ways[0])
+    piece.time(ways[0])  # pays for kernels and memory
+    piece.shrink(_PIECE_SECONDS / sum(piece.time(ways[0])))
+    rounds = race([way for way in ways if way.threads == most], piece.time, end)
+    seconds = {way: piece.step_seconds(times) for way, times in rounds.items()}
+    best = preferred(seconds, ways[0])
     for threads in [way.threads for way in ways if way.threads < most]:
         fewer = best._replace(threads=threads)
-        again = race([best, fewer], piece.seconds, end)
-        taken |= again
-        if preferred(again, best) != fewer:
+        again = race([best, fewer], piece.time, end)
+        compared = {way: piece.step_seconds(times) for way, times in again.items()}
+        rounds |= again
+        seconds |= {fewer: compared[fewer]}
+        if preferred(compared, best) != fewer:
             break
         best = fewer
-    medians = {way: statistics.median(seconds) for way, seconds in taken.items()}
     machine = dataclasses.replace(piece.work.machine, threads=best.threads)
     return Execution(
         way=best,
-        rates={way: piece.targets / seconds for way, seconds in medians.items()},
+        rates={way: piece.targets / each for way, each in seconds.items()},
         rows=piece.rows,
         product_rate=product_rate(machine, best.precision, piece.rows, _RATE_SECONDS),
-        steady=is_steady(taken),
+        steady=is_steady(rounds),
     )
 
 
-def race(ways: Sequence[Way], seconds: Callable[[Way], float], end: float) -> dict[Way, list[float]]:
-    """Seconds of each way in every round, all ways in turn; what the warm-up shows to be hopeless has one.
+Times = tuple[float, float]
+"""Seconds of the two pieces."""
+
+
+def race(ways: Sequence[Way], time_pieces: Callable[[Way], Times], end: float) -> dict[Way, list[Times]]:
+    """The times of each way in every round, all ways in turn; what the warm-up shows to be hopeless has one.
 
     No further round begins after `end` (of time.perf_counter), once there was one: then the warm-up has to do.
     """
-    warm = {way: seconds(way) for way in ways}
+    warm = {way: time_pieces(way) for way in ways}
     for _ in range(_WARM_UPS - 1):
         if time.perf_counter() < end:
-            warm = {way: seconds(way) for way in ways}
-    taken = {way: [] for way in ways if warm[way] <= _HOPELESS * min(warm.values())}
+            warm = {way: time_pieces(way) for way in ways}
+    limit = _HOPELESS * min(map(sum, warm.values()))
+    taken: dict[Way, list[Times]] = {way: [] for way in ways if sum(warm[way]) <= limit}
     for _ in range(_ROUNDS):
         if time.perf_counter() > end:
             break
         for way, times in taken.items():
-            times.append(seconds(way))
+            times.append(time_pieces(way))
     return {way: taken.get(way) or [warm[way]] for way in ways}
 
 
-def is_steady(taken: dict[Way, list[float]]) -> bool:
+def is_steady(rounds: dict[Way, list[Times]]) -> bool:
     """Whether every round was timed, and the rounds of no way differ by more than 20 %."""
-    rounds = [seconds for seconds in taken.values() if len(seconds) > 1]
-    spread = [(max(seconds) - min(seconds)) / statistics.median(seconds) for seconds in rounds]
-    return bool(rounds) and all(len(seconds) == _ROUNDS for seconds in rounds) and max(spread) <= _UNSTEADY
+    sums = [list(map(sum, times)) for times in rounds.values() if len(times) > 1]
+    spread = [(max(each) - min(each)) / statistics.median(each) for each in sums]
+    return bool(sums) and all(len(each) == _ROUNDS for each in sums) and max(spread) <= _UNSTEADY
 
 
-def preferred(taken: dict[Way, list[float]], usual: Way) -> Way:
-    """The usual way, unless others are at least 3 % faster; another format must also beat each way without one."""
-    medians = {way: statistics.median(seconds) for way, seconds in taken.items()}
+def preferred(seconds: dict[Way, float], usual: Way) -> Way:
+    """The usual way, unless others are at least 3 % faster: than it, and than all that change less."""
     chosen = usual
-    for way in sorted(medians, key=lambda way: (way.precision != usual.precision, medians[way])):
-        if medians[way] * _GAIN <= medians[chosen]:
+    for way in sorted(seconds, key=lambda way: (way.precision != usual.precision, way.precision, not way.packed)):
+        if seconds[way] * _GAIN <= seconds[chosen]:
             chosen = way
     return chosen
 
 
 class _Piece:
-    """Eight time steps of some work, forward and backward, on random words."""
+    """A few time steps of some work, forward and backward, on random words."""
 
     def __init__(self, work: Work):
         self.work, self.rows = work, work.rows
@@ -309,21 +319,30 @@ class _Piece:
 
     @property
     def targets(self) -> int:
-        """Of one piece."""
-        return self.rows * _STEPS
+        """Of a whole step of these sequences."""
+        return self.rows * (self.work.length - 1)
 
     def shrink(self, share: float) -> None:
         """Take a share of the sequences, unless that is more than there are or leaves too few."""
         self.rows = min(self.rows, max(_LEAST_ROWS, int(self.rows * share)))
 
-    def seconds(self, way: Way) -> float:
-        """How long one piece takes."""
+    def step_seconds(self, rounds: list[Times]) -> float:
+        """How long a whole step would take, on a line through the medians of both pieces."""
+        few, more = (statistics.median(times) for times in zip(*rounds, strict=True))
+        each = max(0.0, more - few) / (_MORE - _FEW)
+        return few + each * max(0, self.work.length - 1 - _FEW)
+
+    def time(self, way: Way) -> Times:
+        """The seconds of `_FEW` and of `_MORE` time steps."""
+        return self._time(way, _FEW), self._time(way, _MORE)
+
+    def _time(self, way: Way, steps: int) -> float:
         machine, model, p = self.work.machine, self._model, self.work.model.dropout
         precision = Precision(way.precision, "measured")
         engine = choose_engine(self.work.engine, precision, machine.device, way.packed).run
         scaler = precision.scaler(machine.kind, 1.0)
         generator = torch.Generator().manual_seed(0)
-        shape = (self.rows, _STEPS + 1)
+        shape = (self.rows, steps + 1)
         ids = torch.randint(len(SPECIAL_TOKENS), model.config.vocab_size, shape, generator=generator)
         with cpu_threads(way.threads):
             started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from newllm_lib.config import ModelConfig
+from newllm_lib.config import DataConfig, ModelConfig
 from newllm_lib.model.recurrence.self_check import choose_engine
 from newllm_lib.system.hardware import (
     Machine,
@@ -51,7 +51,7 @@ def _execution(
 ) -> tuple[Precision, int]:
     """The format and threads in which the published model would train, with the reason."""
     if machine.kind == "cpu":
-        work = Work(ModelConfig(), batch, engine, machine)
+        work = Work(ModelConfig(), batch, DataConfig().sequence_length, engine, machine)
         if found := fastest_way(work, work.ways(formats, any_threads=threads is None)):
             return Precision(found.way.precision, found.reason), found.way.threads
     return choose_precision("auto", machine), machine.threads

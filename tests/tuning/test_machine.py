@@ -18,8 +18,7 @@ def test_it_tells_what_auto_would_take():
     found = room.probe("cpu", threads=1)
     assert (found["precision"], found["threads"]) == ("fp32", 1)
     assert found["precision_reason"] == (
-        "measured here, tokens/s of a short piece of a step (128 sequences): fp32 on 1 thread 1; "
-        "fp32 products 1 GFLOP/s"
+        "measured here, tokens/s by short pieces of a step (128 sequences): fp32 on 1 thread 1; fp32 products 1 GFLOP/s"
     )
     assert 0 < found["free_memory_bytes"] <= found["memory_bytes"]
     assert found["product_rate"].keys() >= {"fp32"}

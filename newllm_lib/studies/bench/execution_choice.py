@@ -42,7 +42,7 @@ def _measure_batch(
     ids: Tensor, batch: int, machine: Machine, rounds: int, report: Callable[[str], None]
 ) -> dict[str, Any]:
     model = ModelConfig(dropout=0.1)
-    work, formats = Work(model, batch, "fused", machine), native_formats(machine)
+    work, formats = Work(model, batch, ids.shape[1], "fused", machine), native_formats(machine)
     found = [fastest_way(work, work.ways(formats), remeasure=True) for _ in range(_CHOICES)]
     chosen = [choice.way for choice in found if choice]
     counts = [machine.threads // 2**power for power in range(machine.threads.bit_length())]

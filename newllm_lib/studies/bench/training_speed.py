@@ -138,7 +138,7 @@ def with_format(case: Case, machine: Machine) -> Case:
         return case
     found = None
     if machine.kind == "cpu":
-        work = Work(case.model, case.batch, "fused", machine)
+        work = Work(case.model, case.batch, case.length, "fused", machine)
         found = fastest_way(work, work.ways(native_formats(machine), any_threads=False))
     chosen = found.way.precision if found else choose_precision("auto", machine).name
     return dataclasses.replace(case, precision=chosen)
