@@ -12,6 +12,7 @@ from newllm_lib.cli.options import Sectioned, field_options, options_of, overrid
 from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.config import RunConfig, flat_fields, presets
 from newllm_lib.errors import ConfigError
+from newllm_lib.reporting.formatting import counted
 
 
 @click.command(cls=Sectioned)
@@ -127,7 +128,8 @@ def list_presets(as_json: bool) -> None:
     for name, preset in presets.PRESETS.items():
         config = preset()
         batch = config.train.batch_size or "by the hardware"
-        length = f"{config.train.max_steps} steps" if config.train.epochs is None else f"{config.train.epochs} epochs"
+        epochs, steps = config.train.epochs, config.train.max_steps
+        length = counted(steps, "step") if epochs is None else counted(epochs, "epoch")
         echo(f"{name:18}{(preset.__doc__ or '').strip()}")
         echo(f"{'':18}{config.model.num_parameters:,} parameters, batch {batch}, {length}, {config.train.precision}")
         if config.train.batch_size:

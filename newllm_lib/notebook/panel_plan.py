@@ -169,7 +169,9 @@ def warnings_of(plan: Plan) -> list[str]:
 
 def lines_of(plan: Plan) -> list[tuple[str, str]]:
     """(what, how much and why), with what is in the folder and the minutes that are left."""
-    lines = dict(plan_lines(plan.setup, str(plan.folder), plan.record.decay_steps))
+    record = plan.record
+    warmup = plan.setup.config.train.warmup_steps if record and record.warmup_steps is None else record.warmup_steps
+    lines = dict(plan_lines(plan.setup, str(plan.folder), record.decay_steps, warmup_steps=warmup))
     lines["run"] = f"{plan.folder}: {state_of(plan)}"
     if plan.speed:
         rate = plan.speed.tokens_per_second

@@ -16,7 +16,7 @@ from newllm_lib.config import ModelConfig, TrainConfig, flat_fields
 from newllm_lib.config import published as series
 from newllm_lib.config.places import user_path
 from newllm_lib.errors import ConfigError, FileMissingError, RunError
-from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.formatting import counted, duration
 from newllm_lib.reporting.record import HISTORY, HISTORY_COLUMNS, RunRecord, read_history, read_record
 from newllm_lib.system.files import file_errors
 
@@ -178,7 +178,9 @@ def _run(folder: Path, label: str, record: RunRecord, rows: list[dict[str, float
     planned = dict(record.plan or ()).get("rate", "nan").split(":")[0]  # the peak, to three digits
     per_epoch, seconds = float(data.get("training_tokens") or math.nan), last.get("train_seconds") or math.nan
     tokens = per_epoch * last.get("epoch", math.nan)
-    threads = f", {machine['threads']} threads" if machine.get("device") == "cpu" and "threads" in machine else ""
+    threads = (
+        f", {counted(machine['threads'], 'thread')}" if machine.get("device") == "cpu" and "threads" in machine else ""
+    )
     values = {
         "run": label, "published": False, "preset": record.preset, "data": data.get("name"),
         "tokenizer": known.get("tokenizer"), "parameters": record.parameters, "status": record.status,

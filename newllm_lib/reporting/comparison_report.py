@@ -20,7 +20,7 @@ from newllm_lib.reporting.comparison import (
     collect,
 )
 from newllm_lib.reporting.curves import set_perplexity_axis
-from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.formatting import counted, duration
 from newllm_lib.system.files import make_folder, write_atomic, write_text_atomic
 
 _PANELS = {"step": "optimizer steps", "tokens": "tokens seen", "train_seconds": "training time"}
@@ -61,7 +61,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     write_atomic(folder / "comparison.png", lambda file: image.savefig(file, **options))
     write_text_atomic(folder / "comparison.json", comparison.to_json())
     write_text_atomic(folder / "comparison.csv", csv_text(frame(comparison)))
-    title = f"# Comparison of {len(comparison.entries)} runs\n\n![validation perplexity](comparison.png)\n\n"
+    title = f"# Comparison of {counted(len(comparison.entries), 'run')}\n\n![validation perplexity](comparison.png)\n\n"
     write_text_atomic(folder / "comparison.md", title + table_text(comparison))
 
 

@@ -10,6 +10,11 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {name}" for count, name in parts if count) or "0 s"
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number of things: 1 thread, 2 threads, 1,000 steps; plural: of a noun that does not just take an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def markdown_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A table in Markdown; `|` in a cell is escaped."""
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
@@ -23,6 +28,6 @@ def time_span(seconds: float) -> str:
     if minutes < 1:
         return "less than a minute"
     if minutes < 60:
-        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+        return counted(minutes, "minute")
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"

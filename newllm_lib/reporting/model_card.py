@@ -9,6 +9,7 @@ from newllm_lib.config import ModelConfig
 from newllm_lib.config.portable import portable
 from newllm_lib.escaping import markdown_code, markdown_text
 from newllm_lib.reporting import report
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.reporting.record import CARD, damaged_record, holds_run, read_record
 
 _HUB_DATASETS = {"wikitext-2": "Salesforce/wikitext", "wikitext-103": "Salesforce/wikitext"}
@@ -67,7 +68,7 @@ def _metadata(record: dict[str, Any] | None) -> str:
 def _introduction(config: ModelConfig) -> str:
     return (
         f"New-LLM: a language model without attention, whose memory is one vector of {config.context_dim} numbers, "
-        f"carried from token to token. {config.num_parameters:,} parameters: {config.num_layers} layers of "
+        f"carried from token to token. {config.num_parameters:,} parameters: {counted(config.num_layers, 'layer')} of "
         f"{config.hidden_dim}, embedding {config.embed_dim}, vocabulary {config.vocab_size:,}."
     )
 

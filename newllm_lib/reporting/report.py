@@ -10,7 +10,7 @@ from newllm_lib.config.portable import portable
 from newllm_lib.escaping import markdown_block, markdown_code, markdown_text
 from newllm_lib.reporting.curves import no_curves
 from newllm_lib.reporting.diagnostics import best_row, every_spell
-from newllm_lib.reporting.formatting import markdown_table
+from newllm_lib.reporting.formatting import counted, markdown_table
 from newllm_lib.reporting.record import (  # noqa: F401, nl.report has them
     CURVES,
     REPORT,
@@ -144,7 +144,11 @@ def result_text(record: dict[str, Any]) -> str:
     known = published.RUNS.get(record["preset"])
     if known and known.best_ppl and record["published_protocol"]:
         rows.append(
-            ("published", f"{known.best_ppl:.2f}", f"{known.title}, {known.epochs} epochs. {known.note}".strip())
+            (
+                "published",
+                f"{known.best_ppl:.2f}",
+                f"{known.title}, {counted(known.epochs, 'epoch')}. {known.note}".strip(),
+            )
         )
     return markdown_table(("", "best validation", "meaning"), rows)
 

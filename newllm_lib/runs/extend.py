@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.errors import ConfigError
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.runs.run import Run
 from newllm_lib.training.setup import make_setup
 
@@ -29,7 +30,7 @@ def extended(run: Run, *, epochs: int | None = None, max_steps: int | None = Non
     if setup.total_steps < done:
         asked_for = f"epochs = {epochs}" if epochs else f"max_steps = {max_steps}"
         raise ConfigError(
-            f"{asked_for}: {run.folder.name} has already trained {done:,} steps "
+            f"{asked_for}: {run.folder.name} has already trained {counted(done, 'step')} "
             f"({done / setup.steps_per_epoch:.2f} epochs): must be as much or more"
         )
     if config.train.lr_schedule != "constant" and config.train.decay_steps is None:

@@ -47,7 +47,9 @@ class Recorder(Observer):
         """What does not change while it trains, and what continues an earlier part of the run."""
         setup, state = self.trainer.setup, self.trainer.state
         faithful, reason = self._faithful(earlier)
-        plan = plan_lines(setup, str(self.folder), state.decay_steps, estimate_speed(setup, measure=False))
+        plan = plan_lines(
+            setup, str(self.folder), state.decay_steps, estimate_speed(setup, measure=False), state.warmup_steps
+        )
         on_gpu = setup.machine.kind == "cuda"
         return RunRecord(
             run=self.folder.name,
@@ -61,6 +63,7 @@ class Recorder(Observer):
             decided=setup.decided,
             plan=plan,
             decay_steps=state.decay_steps,
+            warmup_steps=state.warmup_steps,
             model_step=earlier.model_step,
             data=data_facts(setup.prepared, setup.train_split),
             validation=validation_facts(setup.validation_split),

@@ -177,6 +177,7 @@ def _record(payload: dict[str, Any], folder: Path) -> RunRecord:
         decided=decided_in(payload | {"config": config.to_dict()}),
         plan=[],
         decay_steps=state["decay_steps"],
+        warmup_steps=payload.get("warmup_steps"),
         data={"name": _name_of_data(config), "fingerprint": payload["data_fingerprint"]},
         validation={"tokens": None, "unknown_share": None, "digest": None},
         peak_memory_meaning="on the machine that it was trained on",

@@ -11,6 +11,7 @@ from typing import Any
 from newllm_lib import runs
 from newllm_lib.config import RunConfig, flat_fields
 from newllm_lib.errors import ConfigError, RunError, TrainingError
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.reporting.record import holds_run, read_record
 from newllm_lib.runs.launch import launch
@@ -97,9 +98,9 @@ def check_length(folder: Path, total_steps: int) -> None:
     step = read_record(folder).step if holds_run(folder) else None
     if step is not None and step > total_steps:
         raise RunError(
-            f"{folder}: has trained {step:,} steps, and this study plans {total_steps:,}: it was continued on its own, "
-            "and would be compared with runs that trained less. Move that folder out of the study, which then trains "
-            "this run anew"
+            f"{folder}: has trained {counted(step, 'step')}, and this study plans {total_steps:,}: it was continued on "
+            "its own, and would be compared with runs that trained less. Move that folder out of the study, which then "
+            "trains this run again"
         )
 
 

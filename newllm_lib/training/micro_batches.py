@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from newllm_lib.errors import TrainingError
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.system.hardware import Machine
 from newllm_lib.system.memory import fewer_rows, peak_memory_bytes
 
@@ -38,7 +39,7 @@ class AdaptiveMicroBatch:
                 f"{self.work}: {error}. At most {used:.1f} GiB were in use, of {there:.1f} GiB of {self.machine.name}"
             ) from None
         self.log(
-            f"warning: memory ran out in {self.work}: {self.whole} stays as it is, computed {self.rows} sequences at a "
-            f"time; to start that way, set {self.field} = {self.rows}"
+            f"warning: memory ran out in {self.work}: {self.whole} stays as it is, computed "
+            f"{counted(self.rows, 'sequence')} at a time; to start that way, set {self.field} = {self.rows}"
         )
         return self.rows

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import FlatField, RunConfig, flat_fields, presets, published
-from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.formatting import counted, duration
 from newllm_lib.training.estimates import Speed, memory_estimate_bytes
+from newllm_lib.training.schedule import warmup_of
 from newllm_lib.training.setup import Setup
 
 
@@ -38,11 +39,15 @@ def is_published_protocol(setup: Setup) -> bool:
 
 
 def plan_lines(
-    setup: Setup, folder: str, decay_steps: int | None = None, speed: Speed | None = None
+    setup: Setup,
+    folder: str,
+    decay_steps: int | None = None,
+    speed: Speed | None = None,
+    warmup_steps: int | None = None,
 ) -> list[tuple[str, str]]:
     """(what, how much and why) for each decision, ready to print.
 
-    decay_steps: where a run has settled its own; speed: where it is known, for a line on the time.
+    decay_steps, warmup_steps: where a run has settled its own; speed: where it is known, for a line on the time.
     """
     config, train_split, validation = setup.config, setup.train_split, setup.validation_split
     model, train = config.model, config.train
@@ -51,21 +56,21 @@ def plan_lines(
     tokens_per_step = train_split.num_tokens / setup.steps_per_epoch
     lines = [
         ("run", folder),
-        ("model", f"{model.num_parameters:,} parameters ({model.num_layers} layers of {model.hidden_dim}, "
+        ("model", f"{model.num_parameters:,} parameters ({counted(model.num_layers, 'layer')} of {model.hidden_dim}, "
                   f"embedding {model.embed_dim}, context {model.context_dim}, vocabulary {model.vocab_size})"),
-        ("data", f"{setup.prepared.corpus_name}: {texts['train']:,} training and {texts['validation']:,} "
-                 "validation texts"),
+        ("data", f"{setup.prepared.corpus_name}: {texts['train']:,} training and "
+                 f"{counted(texts['validation'], 'validation text')}"),
         ("sequences", _sequences_line(setup)),
         ("tokens", f"{train_split.num_tokens:,} an epoch, {validation.num_tokens:,} in validation"),
-        ("device", f"{setup.machine.name} ({setup.machine.device}, {setup.machine.threads} threads)"),
+        ("device", f"{setup.machine.name} ({setup.machine.device}, {counted(setup.machine.threads, 'thread')})"),
         ("precision", f"{setup.precision.name}: {setup.precision.reason}"),
         ("engine", f"{setup.engine.name}: {setup.engine.reason}"),
-        ("batch", f"{train.batch_size} sequences, about {tokens_per_step:,.0f} tokens a step"
+        ("batch", f"{counted(train.batch_size, 'sequence')}, about {tokens_per_step:,.0f} tokens a step"
                   + (f", {micro} at a time" if micro else "")
                   + (f"; {setup.batch_reason}" if setup.batch_reason else "")),
         ("steps", f"{setup.total_steps:,} ({setup.steps_per_epoch:,} an epoch, "
                   f"{setup.total_steps / setup.steps_per_epoch:.2f} epochs)"),
-        ("rate", _rate_line(setup, decay_steps)),
+        ("rate", _rate_line(setup, decay_steps, warmup_steps)),
         ("memory", f"about {memory_estimate_bytes(setup) / 2**30:.1f} GiB for training, of "
                    f"{setup.machine.memory_bytes / 2**30:.1f} GiB (an estimate from the shapes)"),
     ]  # fmt: skip
@@ -84,8 +89,9 @@ def _sequences_line(setup: Setup) -> str:
     data, split, held = setup.config.data, setup.train_split, setup.validation_split
     if split.carries_context:
         return (
-            f"{len(split.ids):,} chunks of {data.sequence_length} ids in {split.ids.shape[1]} lanes, the context "
-            f"carried; validation in {held.ids.shape[1]} lanes"
+            f"{counted(len(split.ids), 'chunk')} of {data.sequence_length} ids in "
+            f"{counted(split.ids.shape[1], 'lane')}, the context carried; validation in "
+            f"{counted(held.ids.shape[1], 'lane')}"
         )
     return (
         f"{len(split.ids):,} training and {len(held.ids):,} validation, {data.sequence_length} ids each "
@@ -93,7 +99,7 @@ def _sequences_line(setup: Setup) -> str:
     )
 
 
-def _rate_line(setup: Setup, decay_steps: int | None) -> str:
+def _rate_line(setup: Setup, decay_steps: int | None, warmup_steps: int | None) -> str:
     train = setup.config.train
     text = f"{setup.rate.value:.3g}: {setup.rate.reason}"
     if train.batch_policy != "recipe" and train.lr is not None:
@@ -101,7 +107,12 @@ def _rate_line(setup: Setup, decay_steps: int | None) -> str:
     if train.optimizer == "muon":
         text += f"; Muon {train.muon_lr:g} on the hidden matrices"
     course = f"; {train.lr_schedule}"
+    end = decay_steps or train.decay_steps or setup.total_steps
     if train.lr_schedule == "cosine":
-        end = decay_steps or train.decay_steps or setup.total_steps
         course += f" to {train.lr_final_fraction:g} at step {end:,}"
-    return text + course + (f", warm-up {train.warmup_steps} steps" if train.warmup_steps else "")
+    warmup = warmup_of(train, end) if warmup_steps is None else warmup_steps
+    if train.warmup_steps:
+        course += f", warm-up {counted(warmup, 'step')}"
+    if warmup < train.warmup_steps:
+        course += f" (a tenth of the decay, less than the {train.warmup_steps} of warmup_steps)"
+    return text + course

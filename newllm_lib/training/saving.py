@@ -21,7 +21,7 @@ from newllm_lib.training.setup import Setup
 from newllm_lib.training.state import TrainState
 from newllm_lib.training.step import TrainingStep
 
-LATER = ("recent_skips",)
+LATER = ("recent_skips", "warmup_steps")
 """Fields of TrainState that later versions added: kept beside "state", where earlier versions pass over them."""
 
 

@@ -46,19 +46,28 @@ def peak_rate(train: TrainConfig, num_parameters: int) -> Rate:
     return Rate(value, reason)
 
 
-def rate_factor(step: int, train: TrainConfig, decay_steps: int) -> float:
-    """Share of the peak rate that optimizer step `step` (from 0) uses.
+def warmup_of(train: TrainConfig, decay_steps: int) -> int:
+    """Steps of warm-up that a run begins with: `warmup_steps`, but at most a tenth of a decay.
+
+    Without a limit the rate of a short run would still be rising where its plan says that it has fallen to its end.
+    """
+    return train.warmup_steps if train.lr_schedule == "constant" else min(train.warmup_steps, decay_steps // 10)
+
+
+def rate_factor(step: int, train: TrainConfig, decay_steps: int, warmup_steps: int | None = None) -> float:
+    """Share of the peak rate that optimizer step `step` (from 0) uses; warmup_steps: None = those of `train`.
 
     Linear warm-up to 1 at step `warmup_steps - 1`, then constant, or half a cosine from 1 at step `warmup_steps` to
     `lr_final_fraction` at step `decay_steps`, the first that is not taken (Loshchilov & Hutter 2016, arXiv
     1608.03983); later steps stay there.
     """
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
+    warmup = train.warmup_steps if warmup_steps is None else warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
     if train.lr_schedule == "constant":
         return 1.0
-    span = max(1, decay_steps - train.warmup_steps)
-    progress = min(1.0, (step - train.warmup_steps) / span)
+    span = max(1, decay_steps - warmup)
+    progress = min(1.0, (step - warmup) / span)
     final = train.lr_final_fraction
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -36,6 +36,8 @@ class TrainState:
     seconds_since_row: float = 0.0
     decay_steps: int = 0
     """Step at which a decaying learning rate reaches its end, fixed when the run starts."""
+    warmup_steps: int | None = None
+    """Steps of warm-up, fixed when the run starts; None = those of the configuration, as earlier versions had it."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -117,6 +119,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         item, *_ = get_args(kind)
         return isinstance(value, list) and all(_is_of(each, item) for each in value)
+    if kind == int | None:
+        return value is None or _is_of(value, int)
     if kind is int:
         return type(value) is int and value >= 0
     return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)

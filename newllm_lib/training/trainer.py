@@ -48,7 +48,8 @@ class Trainer:
         train = setup.config.train
         self.training_step = TrainingStep.for_run(setup, model)
         self.optimizers = self.training_step.optimizers
-        self.state = TrainState(decay_steps=train.decay_steps or setup.total_steps)
+        decay_steps = train.decay_steps or setup.total_steps
+        self.state = TrainState(decay_steps=decay_steps, warmup_steps=schedule.warmup_of(train, decay_steps))
         self.context: Tensor | None = None
         self._batches = Batches(setup.train_split, train.batch_size, train.seed, setup.machine.device)
         self._early_stopping = EarlyStopping(train.patience, train.min_delta)
@@ -119,7 +120,7 @@ class Trainer:
     def _follow_schedule(self) -> None:
         """Learning rate and clipping of the next step."""
         state, train = self.state, self.setup.config.train
-        self.training_step.set_lr(schedule.rate_factor(state.step, train, state.decay_steps))
+        self.training_step.set_lr(schedule.rate_factor(state.step, train, state.decay_steps, state.warmup_steps))
         self.training_step.clip = schedule.clip_norm(state.epoch, train)
 
     def _step(self) -> StepResult | None:

@@ -24,6 +24,7 @@ from newllm_lib.model.loss import token_losses
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import Dropout
 from newllm_lib.model.recurrence.self_check import choose_engine
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.hardware import DTYPES, Machine, Precision, cpu_threads, native_formats
 from newllm_lib.system.memory import is_out_of_memory
@@ -58,9 +59,7 @@ class Way(NamedTuple):
     threads: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.precision}{'' if self.packed else ' unpacked'} on {self.threads} thread{'s' * (self.threads > 1)}"
-        )
+        return f"{self.precision}{'' if self.packed else ' unpacked'} on {counted(self.threads, 'thread')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,9 @@ class Execution:
         order = sorted(self.rates, key=self.rates.get, reverse=True)
         rates = ", ".join(f"{way} {self.rates[way]:,.0f}" for way in order)
         products = f"{self.way.precision} products {self.product_rate / 1e9:,.0f} GFLOP/s"
-        return f"measured here, tokens/s by short pieces of a step ({self.rows} sequences): {rates}; {products}"
+        return (
+            f"measured here, tokens/s by short pieces of a step ({counted(self.rows, 'sequence')}): {rates}; {products}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As the cache keeps it."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from newllm_lib.config import DataConfig, ModelConfig
 from newllm_lib.model.recurrence.self_check import choose_engine
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.system.hardware import (
     Machine,
     Precision,
@@ -62,7 +63,7 @@ def probe_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     free = found["free_memory_bytes"]
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found["product_rate"].items())
     return [
-        ("device", f"{found['device_name']} ({found['device']}, {found['threads']} threads)"),
+        ("device", f"{found['device_name']} ({found['device']}, {counted(found['threads'], 'thread')})"),
         ("memory", f"{found['memory_bytes'] / 2**30:.1f} GiB" + (f", {free / 2**30:.1f} free" if free else "")),
         ("precision", f"{found['precision']}: {found['precision_reason']}"),
         ("engine", f"{found['engine']}: {found['engine_reason']}"),

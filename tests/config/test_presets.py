@@ -119,3 +119,23 @@ def test_published_losses_are_the_logarithms_of_the_curve():
 def test_milestones_are_published_results():
     best = {run.best_ppl for run in published.RUNS.values()}
     assert {ppl for ppl, _ in published.MILESTONES} <= best
+
+
+IDENTITIES = {
+    "quickstart": "078e12793be26079122dec967e9dcb2d0d35d6da035126a9a2f98d2787e4e238",
+    "auto": "e4e59831d27693af1f12410a9ab3a5f19cda8385cf1302992785e40b356f98a4",
+    "cpu_baseline": "3b554f9e6f4f9c2b1feb5f91962e53d6e5868a9302ec14dde9392efdddc0a92c",
+    "t4_fp16": "df065704237c7961e914d820483b9ec787c29afc8abf9dd69d645bda58486af8",
+    "l4_fp16_unscaled": "b09c4cfb457da2beb516408e04c2368b460afed4e464b629979f90448d2c29e3",
+    "l4_fp16_linear": "31538faffc1d927a2414ff93b27d1629a3506c71e4ea35fa629bd0181f67202c",
+    "l4_fp16": "6d176d01b1cac9000d21ef38509ad8518b21fba53cdf9667a98b8ede455cc6f6",
+    "l4_fp16_extended": "6d176d01b1cac9000d21ef38509ad8518b21fba53cdf9667a98b8ede455cc6f6",
+    "l4_5_layers": "6ee1779f4473013b5d86ed637d47294177f4267d73f5a2b14de59e82217a9537",
+    "l4_advanced": "0400e309f245f02ea60ba383422b5f482852207a44ed4619081118d917c68935",
+    "a100_fp16": "3f4e71fd12c5c13e17742ed8ccf51e72e62d7d43406387d44047eba0afe7668e",
+}
+"""Of each preset with a text whose fingerprint is 64 zeros, as commit 1f3c5f5 gave them: users' folders carry them."""
+
+
+def test_no_preset_has_another_identity_than_it_had():
+    assert {name: presets.get(name).identity("0" * 64) for name in presets.PRESETS} == IDENTITIES

@@ -1,14 +1,19 @@
 """What is decided before a run starts, kept when it goes on, and said about its faithfulness."""
 
-import pytest
-from tiny import tiny_config, tiny_setup, tiny_trainer, write_text
+import math
 
+import pytest
+import torch
+from tiny import Quiet, tiny_config, tiny_setup, tiny_trainer, write_text
+
+import newllm_lib as nl
 from newllm_lib.config import presets
 from newllm_lib.reporting.record import RunRecord
 from newllm_lib.runs import recorder
 from newllm_lib.runs.recorder import Recorder
 from newllm_lib.system.hardware import Machine, Precision
 from newllm_lib.training import setup as setups
+from newllm_lib.training.checkpoint import load_checkpoint, save_checkpoint
 from newllm_lib.training.plan import plan_lines, unfaithful_reason
 from newllm_lib.training.setup import make_setup
 
@@ -147,3 +152,60 @@ def test_a_run_is_not_faithful_once_a_part_of_it_was_not(text, tmp_path, monkeyp
     ):
         record = Recorder(trainer, tmp_path, earlier).record
         assert (record["faithful"], record["faithful_reason"]) == expected
+
+
+# --- the warm-up ------------------------------------------------------------------------------------------------
+
+SHORT = {"lr_schedule": "cosine", "warmup_steps": 30, "epochs": None, "max_steps": 20, "validate_every_steps": 5}
+
+
+def rate_line(setup):
+    return dict(plan_lines(setup, "run"))["rate"]
+
+
+def test_the_plan_says_how_long_the_warm_up_is(text):
+    assert rate_line(make_setup(tiny_config(text, **SHORT))).endswith(
+        "; cosine to 0 at step 20, warm-up 2 steps (a tenth of the decay, less than the 30 of warmup_steps)"
+    )
+    longer = make_setup(tiny_config(text, **SHORT | {"max_steps": 400}))
+    assert rate_line(longer).endswith("; cosine to 0 at step 400, warm-up 30 steps")
+    constant = make_setup(tiny_config(text, **SHORT | {"lr_schedule": "constant"}))
+    assert rate_line(constant).endswith("; constant, warm-up 30 steps")
+
+
+def test_a_run_that_is_extended_keeps_the_warm_up_of_its_first_step(text, tmp_path):
+    """20 steps, then 60: interrupted at 30 or not, the same bits; the rate of each step by hand."""
+    results = []
+    for name, parts in (("whole", (60,)), ("parts", (30, 60))):
+        config = tiny_config(text, results_dir=str(tmp_path / name), name="r", **SHORT)
+        begun = nl.train(config, progress=Quiet())
+        assert (begun.record.warmup_steps, begun.record.step) == (2, 20)
+        rates = [3e-3 * _cosine(step - 1, 2, 20) for step in begun.history["step"]]
+        assert list(begun.history["lr"]) == pytest.approx(rates)
+        for steps in parts:
+            run = nl.train(config, max_steps=steps, decay_steps=60, progress=Quiet())
+        assert (run.record.warmup_steps, run.record.step) == (2, 60)
+        later = run.history[run.history["step"] > 20]
+        assert list(later["lr"]) == pytest.approx([3e-3 * _cosine(step - 1, 2, 60) for step in later["step"]])
+        results.append(run.model.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_a_run_of_an_earlier_version_keeps_its_full_warm_up(text, tmp_path):
+    config = tiny_config(text, results_dir=str(tmp_path), name="r", **SHORT)
+    run = nl.train(config, max_steps=20, progress=Quiet())
+    for path in (run.folder / "checkpoints").glob("*.pt"):
+        payload = load_checkpoint(path, pytest.fail)
+        assert payload.pop("warmup_steps") == 2 and "warmup_steps" not in payload["state"]  # which earlier ones refuse
+        save_checkpoint(path, payload, payload["state"]["step"])
+    again = nl.train(config, max_steps=40, decay_steps=60, progress=Quiet())
+    assert again.record.warmup_steps is None
+    later = again.history[again.history["step"] > 20]
+    assert list(later["lr"]) == pytest.approx([3e-3 * _cosine(step - 1, 30, 60) for step in later["step"]])
+
+
+def _cosine(step, warmup, end):
+    """The formula of the field, written down once more."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm_lib.config import TrainConfig
-from newllm_lib.training.schedule import batch_factor, clip_norm, peak_rate, rate_factor, run_steps
+from newllm_lib.training.schedule import batch_factor, clip_norm, peak_rate, rate_factor, run_steps, warmup_of
 
 BASELINE = 2_739_432
 ADVANCED = 4_840_936
@@ -92,6 +92,25 @@ def test_factor_rises_in_the_warm_up_and_never_after_it(train, decay_steps):
         assert set(rest) == {1.0}
     elif decay_steps > train.warmup_steps:
         assert factors[decay_steps] == pytest.approx(train.lr_final_fraction)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "schedule", "decay_steps", "expected"),
+    [
+        (30, "cosine", 20, 2), (30, "cosine", 299, 29), (30, "cosine", 300, 30), (30, "cosine", 10_000, 30),
+        (30, "cosine", 9, 0), (0, "cosine", 20, 0), (30, "constant", 20, 30),
+    ],
+)  # fmt: skip
+def test_the_warm_up_takes_at_most_a_tenth_of_a_decay(warmup, schedule, decay_steps, expected):
+    assert warmup_of(TrainConfig(warmup_steps=warmup, lr_schedule=schedule), decay_steps) == expected
+
+
+@given(st.integers(1, 500), st.integers(0, 1000))
+def test_a_decay_ends_where_the_plan_says_however_short_it_is(decay_steps, warmup):
+    train = TrainConfig(warmup_steps=warmup, lr_schedule="cosine", lr_final_fraction=0.25)
+    factors = [rate_factor(step, train, decay_steps, warmup_of(train, decay_steps)) for step in range(decay_steps + 2)]
+    assert factors[decay_steps] == factors[decay_steps + 1] == pytest.approx(0.25)
+    assert max(factors[:-2], default=1.0) == 1.0
 
 
 def test_published_clipping_by_epoch():

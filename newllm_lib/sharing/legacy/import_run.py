@@ -19,6 +19,7 @@ from newllm_lib.model.pretrained import export_model
 from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting import curves, report
 from newllm_lib.reporting.diagnostics import best_row
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.reporting.record import MODEL, RunRecord, write_history, write_record
 from newllm_lib.runs.recorder import SAMPLE_TOKENS, command, data_facts, sample_prompts, validation_facts
 from newllm_lib.sharing.legacy.old_checkpoint import SHAPE_ATTRIBUTES, History, OldFile, Recipe, read_history, read_old
@@ -212,7 +213,7 @@ def _lines(
 
 def _shape_text(model: ModelConfig) -> str:
     return (
-        f"{model.num_parameters:,} parameters ({model.num_layers} layers of {model.hidden_dim}, embedding "
+        f"{model.num_parameters:,} parameters ({counted(model.num_layers, 'layer')} of {model.hidden_dim}, embedding "
         f"{model.embed_dim}, context {model.context_dim}, vocabulary {model.vocab_size}), by the tensors' shapes"
     )
 
@@ -233,7 +234,8 @@ def _listed(values: dict[str, Any]) -> str:
 def _history_text(history: History) -> str:
     best = best_row(history.rows)
     found = f", best validation perplexity {best['val_ppl']:.2f} after epoch {best['epoch']}" if best else ""
-    return f"{len(history.rows)} epochs{found}, as the file has it (the series weighted batches by rows, not tokens)"
+    epochs = counted(len(history.rows), "epoch")
+    return f"{epochs}{found}, as the file has it (the series weighted batches by rows, not tokens)"
 
 
 def _weights_text(history: History) -> str:

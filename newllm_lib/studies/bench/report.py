@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.escaping import markdown_text, plot_text
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.studies.bench.execution_choice import choice_text
 from newllm_lib.studies.bench.inference_speed import inference_text
 from newllm_lib.system.files import write_atomic
@@ -30,7 +31,7 @@ def table_text(result: dict[str, Any]) -> str:
     """Markdown: a table of every row, each beside the published loop at the same size where that was run."""
     environment = result["environment"]
     lines = [
-        f"{markdown_text(environment['device_name'])}, {environment['threads']} threads, torch "
+        f"{markdown_text(environment['device_name'])}, {counted(environment['threads'], 'thread')}, torch "
         f"{markdown_text(environment['versions']['torch'])}. "
         "Medians of steps taken in turn; slots count padding, tokens do not; the share is the work on real tokens over "
         "the measured rate of matrix products of the same shapes and format.",

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from newllm_lib.escaping import markdown_list, markdown_text
+from newllm_lib.reporting.formatting import counted
 
 _WORDS = {"none": "no scaling", "linear": "the linear rule", "sqrt": "the square-root rule"}
 
@@ -97,8 +98,9 @@ def _grouped(found: list[Place]) -> Iterator[tuple[tuple[str, int], list[Place]]
 
 def _budget(record: dict[str, Any]) -> str:
     return (
-        f"Every cell read {record['sequences']:,} sequences of {record['data']} ({record['epochs']:.1f} epochs) with "
-        f"{record['parameters']:,} parameters in {record['precision']}; a larger batch made fewer steps of it."
+        f"Every cell read {counted(record['sequences'], 'sequence')} of {record['data']} "
+        f"({record['epochs']:.1f} epochs) with {record['parameters']:,} parameters in {record['precision']}; a larger "
+        "batch made fewer steps of it."
     )
 
 
@@ -107,7 +109,7 @@ def _at_one_batch(initialisation: str, batch: int, group: list[Place]) -> str:
     rates: dict[str, Place] = {}
     for place in group:
         rates.setdefault(f"{place.lr:.6g}", place)
-    start = f"{initialisation} initialisation, batch {batch} ({group[0].steps} steps): "
+    start = f"{initialisation} initialisation, batch {batch} ({counted(group[0].steps, 'step')}): "
     if len(rates) == 1:
         return f"{start}all rules give the rate {group[0].lr:.2g}, {group[0].result}."
     ranked = sorted(rates.values(), key=lambda place: place.best)
@@ -141,7 +143,7 @@ def _initialisations(found: list[Place]) -> str:
     ratios = [first.best / by_name[names[1]][key].best for key, first in by_name[names[0]].items()]
     ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
     better = sum(ratio > 1 for ratio in ratios)
-    text = f"At equal batch and rate {names[1]} is below {names[0]} in {better} of {len(ratios)} runs"
+    text = f"At equal batch and rate {names[1]} is below {names[0]} in {better} of {counted(len(ratios), 'run')}"
     return text + (
         f"; PPL of {names[0]} over that of {names[1]}: {min(ratios):.2f} to {max(ratios):.2f}." if ratios else "."
     )
@@ -154,7 +156,7 @@ def _plateaus(record: dict[str, Any]) -> str:
     for name in dict.fromkeys(cell["initialisation"] for cell in own):
         cells = [cell for cell in own if cell["initialisation"] == name]
         left = sum(cell["plateau"] == "below" for cell in cells)
-        text += f"; {name} got below it in {left} of {len(cells)} runs"
+        text += f"; {name} got below it in {left} of {counted(len(cells), 'run')}"
     return text + "."
 
 

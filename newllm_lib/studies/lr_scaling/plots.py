@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm_lib.escaping import plot_text
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.studies.lr_scaling.findings import Place, places
 from newllm_lib.system.files import write_atomic
 
@@ -32,7 +33,7 @@ def write_plot(path: Path, record: dict[str, Any], histories: DataFrame) -> None
     figure = Figure(figsize=(max(9, 4.8 * len(batches)), 8.6), layout="constrained")
     figure.suptitle(
         f"Learning-rate rules  ({plot_text(record['data'])}, {record['parameters']:,} parameters, "
-        f"{record['sequences']:,} sequences a cell)",
+        f"{counted(record['sequences'], 'sequence')} a cell)",
         fontsize=13,
     )
     grid = figure.add_gridspec(2, columns)
@@ -65,7 +66,8 @@ def _heat_maps(figure, grid, width: int, record, found: list[Place], names: list
             for x, batch in enumerate(batches):
                 _annotate(axes, x, y, by_place[rule, batch], norm)
         axes.set_xticks(
-            range(len(batches)), [f"batch {batch}\n{by_place[rules[0], batch].steps:,} steps" for batch in batches]
+            range(len(batches)),
+            [f"batch {batch}\n{counted(by_place[rules[0], batch].steps, 'step')}" for batch in batches],
         )
         axes.set_yticks(range(len(rules)), [rule.replace(":", "\nfrom ") for rule in rules])
         axes.set_title(f"{name} initialisation: best validation perplexity", fontsize=11)

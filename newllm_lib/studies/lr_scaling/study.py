@@ -26,7 +26,7 @@ from newllm_lib.data.dataset import Split
 from newllm_lib.errors import ConfigError
 from newllm_lib.escaping import csv_text, markdown_list, text_table
 from newllm_lib.evaluation import perplexity
-from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.formatting import counted, duration
 from newllm_lib.reporting.record import finite
 from newllm_lib.reporting.study_progress import LiveLine
 from newllm_lib.studies.lr_scaling import findings as lr_scaling_findings
@@ -285,9 +285,9 @@ def _train(cells: list[Cell], setup: Setup, progress: LiveLine, shared: SharedEx
     for cell in cells:
         sharing.setdefault(cell.config.name, []).append(cell)
     todo = [cells[0] for cells in sharing.values()]
-    done = sum(has_ended(cell.config, fingerprint) for cell in todo)
+    done, folder = sum(has_ended(cell.config, fingerprint) for cell in todo), Path(todo[0].config.results_dir)
     progress.say(
-        f"{len(todo)} runs for {len(cells)} cells (equal rates share one) in {Path(todo[0].config.results_dir)}"
+        f"{counted(len(todo), 'run')} for {counted(len(cells), 'cell')} (equal rates share one) in {folder}"
         + (f"; {done} have ended already" if done else "")
     )
     if setup.precision.substituted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from newllm_lib.escaping import markdown_list, markdown_text
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.studies.precision.rounding import ALL
 
 
@@ -52,8 +53,8 @@ def _of_one_format(record: dict[str, Any], item: dict[str, Any], control: dict[s
     names = f"{run['label']} and {first['label']}"
     same = "the same" if item["same_batches"] == item["batches"] else f"{item['same_batches']} equal ones among the"
     found = [
-        f"{names} read {same} {item['batches']} batches (compared by hash) from the same initial weights with the same "
-        "dropout masks."
+        f"{names} read {same} {counted(item['batches'], 'batch', 'batches')} (compared by hash) from the same initial "
+        "weights with the same dropout masks."
     ]
     found += [_one_step(record, name, run["precision"]) for name in _states(record, run["precision"])]
     found.append(_parting(item, names, record["window"], control))
@@ -90,7 +91,7 @@ def _one_step(record: dict[str, Any], weights: str, precision: str) -> str:
 def _parting(item: dict[str, Any], names: str, window: int, control: dict[str, Any] | None) -> str:
     if item["train_largest"] is None:
         return f"Too few steps to say where {names} part: the curves are compared as means of {window}."
-    band = f"±{item['band']:.3f} nats, what another draw of batches can do to means of {window} steps"
+    band = f"±{item['band']:.3f} nats, what another draw of batches can do to means of {counted(window, 'step')}"
     if item["parted_at"] is None:
         text = f"The training curves of {names} never part: they stay within {band}"
     else:
@@ -112,7 +113,7 @@ def _validation(
     text = (
         f"The validation loss ends {item['val_last']:+.4f} nats from that of {first['label']} (PPL "
         f"{run['final_ppl']:.2f} against {first['final_ppl']:.2f}), {item['val_mean']:.4f} on average over "
-        f"{item['validations']} validations"
+        f"{counted(item['validations'], 'validation')}"
     )
     if not control or control["val_mean"] is None:
         return text + "."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from newllm_lib.escaping import plot_text
 from newllm_lib.reporting.curves import plain_log_axis
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.studies.precision.findings import run_of
 from newllm_lib.system.files import write_atomic
 
@@ -72,7 +73,7 @@ def _training_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
     for label, style in _styles(record).items():
         rows = steps[steps["label"] == label]
         axes.plot(rows["batch"], rows["loss"].rolling(window, min_periods=1).mean(), **style)
-    _finish(axes, f"Training loss (nats a token, mean of {window} steps)")
+    _finish(axes, f"Training loss (nats a token, mean of {counted(window, 'step')})")
 
 
 def _difference_panel(axes, record: dict[str, Any], steps: DataFrame) -> None:
