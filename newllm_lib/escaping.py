@@ -6,6 +6,7 @@ are, and escaped only here, where they appear. One function for each kind of pla
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
@@ -44,9 +45,25 @@ def one_line(value: Any) -> str:
     return terminal_text(value).replace("\t", "\\t").replace("\n", "\\n")
 
 
-def say(text: Any, file: TextIO | None = None) -> None:
-    """Print a message for people (None = to standard output)."""
-    print(terminal_text(text), file=file or sys.stdout, flush=True)
+def say(text: Any, file: TextIO | None = None, *, err: bool = False) -> None:
+    """Print a message for people, to standard output or, with `err`, to standard error. It never fails.
+
+    A message that cannot be written (a closed terminal, a full disk behind a log) must not end what it tells of.
+    """
+    write_if_possible(terminal_text(text) + "\n", file or (sys.stderr if err else sys.stdout))
+
+
+def write_if_possible(text: str, file: TextIO | None) -> None:
+    """Write and flush; characters that the file's encoding lacks are escaped, and what cannot be written is lost."""
+    if file is None:  # as Python has it where the stream was closed before it started
+        return
+    with contextlib.suppress(OSError, ValueError):  # the latter of a file that is closed
+        try:
+            file.write(text)
+        except UnicodeEncodeError:
+            encoding = file.encoding or "ascii"
+            file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        file.flush()
 
 
 # --- a page -----------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from typing import Any
 import click
 
 from newllm_lib.cli import compare, inference, legacy, sharing, studies, training, tuning
+from newllm_lib.cli.output import echo
 from newllm_lib.errors import NewLLMError
 from newllm_lib.escaping import terminal_text
+from newllm_lib.system.console import occupy_standard_streams
 
 
 class Messages(click.Group):
@@ -25,10 +27,14 @@ class Messages(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        occupy_standard_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what is no character
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            echo("interrupted", err=True)
+            ctx.exit(1)
         except click.ClickException as error:
             error.message = terminal_text(error.message)
             raise

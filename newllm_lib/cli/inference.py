@@ -123,8 +123,8 @@ def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
     echo("Type text to append it. Enter alone lets the model continue. /new starts a new text, Ctrl-D quits.", err=True)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
+            line = input("> " if sys.stdin and sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last where there is no standard input
             echo(err=True)
             return
         except UnicodeDecodeError as error:

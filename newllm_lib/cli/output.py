@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
-from newllm_lib.escaping import terminal_text
+from newllm_lib.escaping import terminal_text, write_if_possible
 
 
 def echo(text: Any = "", *, err: bool = False, nl: bool = True) -> None:
-    """Print text for people; err: to standard error."""
-    click.echo(terminal_text(text), err=err, nl=nl)
+    """Print text for people; err: to standard error, where what cannot be written is lost (see `escaping.say`)."""
+    if err:
+        write_if_possible(terminal_text(text) + "\n" * nl, sys.stderr)
+    else:
+        click.echo(terminal_text(text), nl=nl)
 
 
 def echo_json(value: Any, *, ascii_only: bool = True) -> None:
@@ -30,7 +33,7 @@ def _in_json(character: str) -> str:
 
 def echo_exact(text: str, *, nl: bool = True) -> None:
     """Print a text that a model wrote, or a file: escaped on a terminal, exact in a file and for another program."""
-    shown = terminal_text(text) if sys.stdout.isatty() else text
+    shown = terminal_text(text) if sys.stdout and sys.stdout.isatty() else text
     # half a surrogate pair, which no encoding has, is escaped everywhere
     whole = re.sub("[\\ud800-\\udfff]", lambda half: terminal_text(half[0]), shown)
     click.echo(whole, nl=nl, color=True)  # else click leaves out what looks like a colour

@@ -30,7 +30,14 @@ def load_weights(model: NewLLM, payload: dict[str, Any], path: Path) -> None:
     ]
     if differing:
         raise CheckpointError(f"{path}: of another model: " + "; ".join(differing[:4]))
+    if broken := not_finite(found):
+        raise CheckpointError(f"{path}: not a model that can be used: {', '.join(broken[:4])} not finite")
     model.load_state_dict(found)
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The names of those that hold NaN or an infinity."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:

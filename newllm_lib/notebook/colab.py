@@ -6,7 +6,6 @@ Nothing here asks the user anything unless `use_drive` is on, and whatever fails
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote
@@ -157,7 +156,7 @@ def _named(error: Exception) -> str:
 def _warn(title: str, text: str) -> None:
     """In red where that can be: what did not go as it was meant to, why, and what to do."""
     if not in_kernel():
-        say(f"warning: {title}: {text}", sys.stderr)
+        say(f"warning: {title}: {text}", err=True)
         return
     from IPython.display import HTML, display
 

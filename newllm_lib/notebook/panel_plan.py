@@ -13,7 +13,7 @@ from newllm_lib.notebook.field_widgets import ORANGE, PILL, RED
 from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.notebook_page import LINE, MONOSPACE
 from newllm_lib.reporting.record import RunRecord
-from newllm_lib.runs.folder import ResolvedRun, checkpoints_gone, resolve_run
+from newllm_lib.runs.folder import ResolvedRun, checkpoints_gone, has_saved, resolve_run
 from newllm_lib.runs.mirror import check_mirror_dir
 from newllm_lib.runs.mirror_copy import of_another_run
 from newllm_lib.system.files import file_errors
@@ -119,7 +119,7 @@ def refusal_of(run: ResolvedRun) -> str:
     files = Checkpoints.of(lies_in, run.place.folder.name).files()
     newest = checkpoints.folder / files[0].name if files else None
     if newest is None:
-        return checkpoints_gone(checkpoints.folder, record.step or 0) if record.best else ""
+        return checkpoints_gone(checkpoints.folder, record.step or 0) if has_saved(lies_in) else ""
     if identity != setup.identity:
         return f"{newest}: {difference(record | {'data_fingerprint': record.data['fingerprint']}, setup)}"
     train, end = setup.config.train, record.decay_steps

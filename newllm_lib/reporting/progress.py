@@ -13,6 +13,7 @@ from newllm_lib.escaping import say
 from newllm_lib.reporting.diagnostics import Row, Spell, follow
 from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.sync_status import SyncStatus
+from newllm_lib.system.console import UnfailingStream
 
 STOPPING = "stopping after this step, then saving"
 """How the message begins that answers the first interrupt."""
@@ -63,7 +64,7 @@ class TerminalProgress(Progress):
     """A bar where there is a terminal, a line every ten seconds where there is none (a log file, CI)."""
 
     def __init__(self, stream: TextIO | None = None, line_seconds: float = 10.0):
-        self._stream = stream or sys.stderr
+        self._stream = UnfailingStream(stream or sys.stderr)
         self._line_seconds = line_seconds
         self._bar: tqdm | None = None
         self._started: tuple[float, int] | None = None

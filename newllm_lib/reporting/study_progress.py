@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from newllm_lib.escaping import one_line, say, terminal_text
 from newllm_lib.reporting.progress import STOPPING, Progress
-from newllm_lib.system.console import in_kernel
+from newllm_lib.system.console import UnfailingStream, in_kernel
 
 _PAUSE_SECONDS = 0.5
 
@@ -25,7 +25,7 @@ class LiveLine(Progress):
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self.label = ""
         self._page = _Page() if stream is None and in_kernel() else None
-        self._stream = stream or sys.stderr
+        self._stream = UnfailingStream(stream or sys.stderr)
         self._clock, self._last, self._width = clock, float("-inf"), 0
         self._warnings: set[str] = set()
 

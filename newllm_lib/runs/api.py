@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def plan(
 
     A batch that a policy has yet to find is sought; `report` is told of each try (None = standard error).
     """
-    run = resolve_run(resolve(config, **overrides), log=report or (lambda text: say(text, sys.stderr)))
+    run = resolve_run(resolve(config, **overrides), log=report or (lambda text: say(text, err=True)))
     return run.setup, plan_lines(run.setup, str(run.place.folder), speed=estimate_speed(run.setup))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from newllm_lib.config import RunConfig
 from newllm_lib.data.dataset import Prepared
 from newllm_lib.errors import CheckpointError, NewLLMError
-from newllm_lib.reporting.record import CHECKPOINTS, RECORD, RunRecord, read_record
+from newllm_lib.reporting.record import CHECKPOINTS, MODEL, RECORD, WEIGHTS, RunRecord, read_record
 from newllm_lib.runs.mirror import Mirror
 from newllm_lib.training.checkpoint import Checkpoints, check_payload
 from newllm_lib.training.estimates import memory_estimate_bytes
@@ -149,8 +149,15 @@ def earlier_record(folder: Path, identity: str) -> RunRecord:
             f"{folder}: an imported run: it has weights, but no training state to go on from. Give this run another "
             "name, or fresh=True (in the shell --fresh), which keeps the imported one under another name"
         )
-    matters = earlier.identity == identity or earlier.best or any((folder / CHECKPOINTS).glob("*.pt"))
-    return earlier if matters else RunRecord()
+    return earlier if earlier.identity == identity or has_saved(folder) else RunRecord()
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run's folder holds anything that its training saved: a checkpoint, or the weights of one that is gone.
+
+    Validations in its record are no proof: the first checkpoint may have met a full disk.
+    """
+    return any((folder / CHECKPOINTS).glob("*.pt")) or (folder / MODEL / WEIGHTS).exists()
 
 
 def moved_between_devices(decided: dict[str, Any], setup: Setup) -> str:

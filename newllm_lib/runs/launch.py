@@ -11,7 +11,7 @@ from newllm_lib.reporting.diagnostics import best_row
 from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.progress import Progress, TerminalProgress
 from newllm_lib.reporting.record import RunRecord
-from newllm_lib.runs.folder import RunPlace, checkpoints_gone, earlier_record, resolve_run, set_aside
+from newllm_lib.runs.folder import RunPlace, checkpoints_gone, earlier_record, has_saved, resolve_run, set_aside
 from newllm_lib.runs.lock import RunLock, refuse_several_processes
 from newllm_lib.runs.mirror import Mirror
 from newllm_lib.runs.recorder import Recorder, command
@@ -120,12 +120,17 @@ def _claim(place: RunPlace, mirror_dir: str | None, fresh: bool, log: Callable[[
 def _continue(trainer: Trainer, earlier: RunRecord, progress: Progress) -> None:
     """Restore the newest valid checkpoint, if there is one, and say where the run goes on.
 
-    CheckpointError where the folder held a validated run whose checkpoints are gone: starting over would replace it.
+    CheckpointError where the folder holds a model whose checkpoints are gone: starting over would replace it.
     """
     found = trainer.checkpoints.newest_valid(lambda text: progress.message(f"warning: {text}"))
     if found is None:
-        if earlier.best:  # one that ended before its first validation may never have saved anything
+        if has_saved(trainer.checkpoints.folder.parent):
             raise CheckpointError(checkpoints_gone(trainer.checkpoints.folder, earlier.step or 0))
+        if earlier.step:
+            progress.message(
+                f"{trainer.checkpoints.folder.parent}: ended at step {earlier.step:,} before anything was saved; "
+                "starting from the beginning"
+            )
         return
     path, payload = found
     trainer.restore(payload, path)

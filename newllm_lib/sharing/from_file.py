@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from newllm_lib.reporting.diagnostics import best_row
 from newllm_lib.reporting.record import MODEL, RECORD, RunRecord, read_record, write_history, write_record
 from newllm_lib.runs.folder import decided_in
 from newllm_lib.runs.lock import RunLock
-from newllm_lib.runs.run import Run, load_model
+from newllm_lib.runs.run import Loaded, Run, load_model
 from newllm_lib.sharing.bundle import MANIFEST, ZIP_ERRORS, folder_name, open_bundle
 from newllm_lib.sharing.legacy import read_old
 from newllm_lib.system.console import warn_on_stderr
@@ -48,14 +50,14 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
     path, results = user_path(path), user_path(results_dir)
     if not path.is_file():
         raise FileMissingError(f"{path}: no such file")
-    make_folder(results)
     if not _is_bundle(path):
         payload = _load(path)
         folder = results / folder_name(name or payload["run"], path)
+        made, model = _checked(path, payload, folder)
         with RunLock(warn_on_stderr) as lock:
             lock.take(folder)
-            return _place(path, payload, folder)
-    with tempfile.TemporaryDirectory(prefix=".adopting-", dir=results) as scratch:
+            return _place(path, payload, folder, made, model)
+    with _folder_that_stays_if_used(results), tempfile.TemporaryDirectory(prefix=".adopting-", dir=results) as scratch:
         opened = open_bundle(path, scratch)
         found = Checkpoints.of(opened.folder).newest_valid(warn_on_stderr)
         if found is None:
@@ -67,7 +69,9 @@ def adopt(path: str | Path, results_dir: str | Path = "results", name: str | Non
         with RunLock(warn_on_stderr) as lock:
             lock.take(folder)
             if folder.exists():
-                return _place(found[0], check_payload(found[1], found[0]), folder, opened)
+                payload = check_payload(found[1], found[0])
+                made, _ = _checked(found[0], payload, folder)
+                return _place(found[0], payload, folder, made, opened)
             opened.folder.rename(folder)
     return Run(folder)
 
@@ -99,22 +103,41 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _place(source: Path, payload: dict[str, Any], folder: Path, opened: Run | None = None) -> Run:
+@contextlib.contextmanager
+def _folder_that_stays_if_used(folder: Path) -> Iterator[None]:
+    """Make a folder; remove it again where what is done inside fails and leaves it empty."""
+    existed = folder.exists()
+    make_folder(folder)
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _checked(source: Path, payload: dict[str, Any], folder: Path) -> tuple[RunRecord, Loaded]:
+    """The record that a checkpoint gives its run, and its model; CheckpointError before anything is written."""
+    with damaged_payload(source):
+        TrainState.from_dict(payload["state"])
+        made = _record(payload, folder)
+    return made, load_model(source)
+
+
+def _place(source: Path, payload: dict[str, Any], folder: Path, made: RunRecord, model: Run | Loaded) -> Run:
     """Copy a checkpoint into a run's folder, where that does not have it or a newer one, and bring the rest up to it.
 
-    opened: the bundle that it came in, which has a model too.
+    made: the record of a folder that has none; model: the bundle that it came in, which has a model too, else its own.
     """
     checkpoints, state = Checkpoints.of(folder), payload["state"]
-    with damaged_payload(source):  # before anything is written
-        TrainState.from_dict(state)
-        made = _record(payload, folder)
     check_same_run(folder, payload["identity"])
     record = read_record(folder) if (folder / RECORD).exists() else None
     if max(map(valid_step, checkpoints.files()), default=-1) < state["step"]:
         is_best = state["best_step"] == state["step"]
         entry = {"sha256": sha256_of(source), "step": state["step"], "bytes": source.stat().st_size}
         copy_checkpoint(source, checkpoints.best if is_best else checkpoints.step(state["step"]), entry)
-        model_step = _place_model(source, state, checkpoints, opened) if state["history"] else None
+        model_step = _place_model(source, state, checkpoints, model) if state["history"] else None
         record = record or made
         record.status, record.step, record.best = "interrupted", state["step"], best_row(state["history"])
         record.model_step = model_step
@@ -127,19 +150,18 @@ def _place(source: Path, payload: dict[str, Any], folder: Path, opened: Run | No
     return Run(folder)
 
 
-def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, opened: Run | None) -> int | None:
+def _place_model(source: Path, state: dict[str, Any], checkpoints: Checkpoints, model: Run | Loaded) -> int | None:
     """Put the best weights into model/, or the checkpoint's own where there are no others; then their step."""
-    target = checkpoints.folder.parent / MODEL
-    if valid_step(checkpoints.best) == state["best_step"]:
-        source, opened = checkpoints.best, None
-    if opened:
-        with file_errors(target, f"cannot write {target}"):
-            shutil.copytree(opened.folder / MODEL, target, dirs_exist_ok=True)
-        return opened.record.model_step
-    loaded = load_model(source)
-    export_model(target, loaded.model, loaded.tokenizer, protocol=loaded.protocol)
-    if source == checkpoints.best:
+    target, best = checkpoints.folder.parent / MODEL, checkpoints.best
+    if valid_step(best) == state["best_step"]:
+        loaded = load_model(best)
+        export_model(target, loaded.model, loaded.tokenizer, protocol=loaded.protocol)
         return None
+    if isinstance(model, Run):
+        with file_errors(target, f"cannot write {target}"):
+            shutil.copytree(model.folder / MODEL, target, dirs_exist_ok=True)
+        return model.record.model_step
+    export_model(target, model.model, model.tokenizer, protocol=model.protocol)
     warn_on_stderr(
         f"{source.name} is of step {state['step']:,}, its run's best weights were those of step "
         f"{state['best_step']:,}: they are not in it, and model/ holds those of the file until a better validation"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
-from newllm_lib.escaping import say
+from newllm_lib.escaping import say, write_if_possible
 
 KAGGLE_OUTPUT = Path("/kaggle/working")
 
@@ -19,7 +20,52 @@ def in_kernel() -> bool:
 
 def warn_on_stderr(text: str) -> None:
     """A warning where no run is shown that could tell it."""
-    say(f"warning: {text}", sys.stderr)
+    say(f"warning: {text}", err=True)
+
+
+class UnfailingStream:
+    """A text stream to which writing never fails; see `say`. None stands for one that is closed."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:
+        """Of the stream; ASCII where it has none."""
+        return getattr(self._stream, "encoding", None) or "ascii"
+
+    def write(self, text: str) -> int:
+        """Write all of it, or lose it."""
+        write_if_possible(text, self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: `write` does."""
+
+    def isatty(self) -> bool:
+        """Whether a terminal shows it."""
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except ValueError:  # closed since
+            return False
+
+    def fileno(self) -> int:
+        """Of the stream; OSError where it has none."""
+        if self._stream is None:
+            raise OSError("no such stream")
+        return self._stream.fileno()
+
+
+def occupy_standard_streams() -> None:
+    """Open the null device in the place of standard streams that are closed.
+
+    Else the next file that is opened takes such a place, and what libraries print as errors is written into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def in_colab() -> bool:

@@ -31,7 +31,7 @@ from newllm_lib.errors import (
     NoModelError,  # noqa: F401, nl.checkpoint has it
 )
 from newllm_lib.model.newllm import NewLLM
-from newllm_lib.model.pretrained import export_model, load_exported, load_weights  # noqa: F401, nl.checkpoint has them
+from newllm_lib.model.pretrained import export_model, load_exported, load_weights, not_finite  # noqa: F401, nl.checkpoint has them
 from newllm_lib.reporting.record import CHECKPOINTS
 from newllm_lib.system.files import copy_atomic, make_folder, read_json, sha256_of, write_atomic, write_text_atomic
 from newllm_lib.system.memory import is_out_of_memory
@@ -110,7 +110,7 @@ class Checkpoints:
         files = self.files()
         for path in files:
             try:
-                return path, load_checkpoint(path, warn)
+                return path, _with_finite_weights(load_checkpoint(path, warn), path)
             except NewerCheckpointError:
                 raise
             except CheckpointError as error:
@@ -121,6 +121,14 @@ class Checkpoints:
                 "under another name and starts over"
             )
         return None
+
+
+def _with_finite_weights(payload: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The payload itself; CheckpointError where an earlier version saved weights that are of no use."""
+    tensors = {name: value for name, value in payload.get("model", {}).items() if isinstance(value, torch.Tensor)}
+    if broken := not_finite(tensors):
+        raise CheckpointError(f"{path}: its weights are not finite ({', '.join(broken[:4])})")
+    return payload
 
 
 def sidecar(path: Path) -> Path:

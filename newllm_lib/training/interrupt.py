@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from newllm_lib.reporting.progress import STOPPING, Progress
 from newllm_lib.system.console import in_kernel
 
 
+def _heard() -> list[signal.Signals]:
+    """The signals that end a training; a SIGHUP that is ignored stays so, as nohup wants it."""
+    heard = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        heard.append(hangup)
+    return heard
+
+
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a flag, the second into KeyboardInterrupt."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP (a closed terminal) into a flag, a second Ctrl-C into KeyboardInterrupt."""
 
     def __init__(self, progress: Progress):
         self.requested = False
@@ -26,7 +35,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._handle) for number in _heard()}
         try:
             yield
         finally:
@@ -35,7 +44,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # a closed terminal may send two, of the system and of the shell
         self.requested = True
         again = "interrupt" if in_kernel() else "press Ctrl-C"  # a notebook has a menu for it
         self._progress.message(f"{STOPPING}; {again} again to stop at once")

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newllm_lib.errors import CheckpointError
-from newllm_lib.model.pretrained import load_weights
+from newllm_lib.errors import CheckpointError, TrainingError
+from newllm_lib.model.pretrained import load_weights, not_finite
 from newllm_lib.training.checkpoint import Checkpoints, check_payload, damaged_payload, save_checkpoint
 from newllm_lib.training.compatibility import difference, needs_new_end
 from newllm_lib.training.rng import generator_states, restore_generators
 from newllm_lib.training.setup import Setup
+from newllm_lib.training.skips import listed
 from newllm_lib.training.state import TrainState
 from newllm_lib.training.step import TrainingStep
 
@@ -113,7 +114,9 @@ class Saver:
         self._last_save = time.monotonic()
 
     def save(self, path: Path, payload: dict[str, Any]) -> None:
-        """Write a checkpoint; FileError as of `save_checkpoint`."""
+        """Write a checkpoint; FileError as of `save_checkpoint`, TrainingError where its weights are not finite."""
+        if broken := not_finite(payload["model"]):
+            raise TrainingError(f"the weights are no longer finite and are not saved: {listed(tuple(broken))}")
         save_checkpoint(path, payload, payload["state"]["step"])
         self._beginning = None
         self._last_save = time.monotonic()

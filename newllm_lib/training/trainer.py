@@ -70,9 +70,9 @@ class Trainer:
     def fit(self) -> str:
         """Train to the end of the plan; returns 'finished', 'stopped early' or 'interrupted'.
 
-        Ctrl-C or SIGTERM ends the step, saves and returns; a second Ctrl-C stops at once. Where memory runs out, the
-        same batch comes again in smaller parts. Raises TrainingError when the loss is no longer finite, or memory does
-        not suffice for one sequence.
+        Ctrl-C, SIGTERM or SIGHUP ends the step, saves and returns; a second Ctrl-C stops at once. Where memory runs
+        out, the same batch comes again in smaller parts. Raises TrainingError when the loss or the weights are no
+        longer finite, or memory does not suffice for one sequence.
         """
         self._saver = Saver(self.checkpoints)
         if self._mid_step:

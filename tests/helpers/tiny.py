@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
@@ -37,6 +38,16 @@ def write_text(folder: Path, texts: int = 40) -> Path:
 
 def tiny_config(data: Path, **changes) -> RunConfig:
     return RunConfig(preset="tiny").replace(**(SHAPE | RECIPE | {"data": str(data)} | changes))
+
+
+def tiny_command(config: RunConfig, *more: str, steps: int = 100_000) -> list[str]:
+    """`newllm train` of `tiny_config` with name and folder of a configuration, in a process of its own."""
+    fields = SHAPE | RECIPE | {"data": config.data.data, "results_dir": config.results_dir, "name": config.name}
+    fields |= {"epochs": None, "max_steps": steps, "threads": 1, "lr_schedule": "constant", "optimizer": "adam"}
+    words = [sys.executable, "-m", "newllm_lib", "train", "auto"]
+    for name, value in fields.items():
+        words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
+    return [*words, *more]
 
 
 def tiny_setup(data: Path, precision: str = "fp32", **changes) -> Setup:

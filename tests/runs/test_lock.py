@@ -6,13 +6,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 
 import filelock
 import pytest
-from tiny import Quiet, tiny_config
+from tiny import Quiet, tiny_command, tiny_config
 
 import newllm_lib as nl
 from newllm_lib.errors import ConfigError, RunInUseError
@@ -52,20 +51,10 @@ def holder(**changes):
     return {"host": HOST, "pid": os.getppid(), "started": now - 100, "renewed": now} | changes
 
 
-def command(config, *more):
-    """`newllm train` of a run that would take minutes, in a process of its own."""
-    options = {"data": config.data.data, "results-dir": config.results_dir, "name": "r", "sequence-length": 12,
-               "stride": 6, "vocab-size": 40, "embed-dim": 8, "hidden-dim": 12, "num-layers": 2, "context-dim": 6,
-               "batch-size": 8, "lr": 3e-3, "validate-every-steps": 3, "max-steps": 100_000, "epochs": "none",
-               "precision": "fp32", "threads": 1, "device": "cpu"}  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "newllm_lib", "train", "auto", *words, *more]
-
-
 @pytest.fixture
 def training(config, place):
     """The same run in another process, which has saved something."""
-    process = subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(tiny_command(config), stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not list(place.parent.glob("r/checkpoints/*.pt")):
         assert process.poll() is None, process.stderr.read()
@@ -80,7 +69,7 @@ def test_a_second_process_is_refused_in_one_sentence(training, config, place):
     record = (place.parent / "r" / "run.json").read_text()
     started = json.loads(place.read_text())["started"]
     for more in ((), ("--fresh",)):
-        second = subprocess.run(command(config, *more), check=False, capture_output=True, text=True, timeout=100)
+        second = subprocess.run(tiny_command(config, *more), check=False, capture_output=True, text=True, timeout=100)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
         assert second.stderr.splitlines()[-1] == (
             f"Error: {place.parent}/r: is being trained by process {training.pid} on {HOST}, since {since}. Wait until "
@@ -98,7 +87,7 @@ def test_a_killed_process_leaves_no_lock(training, config, place):
     training.send_signal(signal.SIGKILL)
     training.wait(60)
     assert json.loads(place.read_text())["pid"] == training.pid
-    asked = subprocess.run(command(config, "--plan"), check=False, capture_output=True, text=True, timeout=100)
+    asked = subprocess.run(tiny_command(config, "--plan"), check=False, capture_output=True, text=True, timeout=100)
     assert asked.returncode == 0
     run = nl.load(place.parent / "r")
     said = Quiet()
