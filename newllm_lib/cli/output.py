@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from newllm_lib.escaping import terminal_text, write_if_possible
+from newllm_lib.reporting.record import finite
 
 
 def echo(text: Any = "", *, err: bool = False, nl: bool = True) -> None:
@@ -21,8 +22,11 @@ def echo(text: Any = "", *, err: bool = False, nl: bool = True) -> None:
 
 
 def echo_json(value: Any, *, ascii_only: bool = True) -> None:
-    """Print JSON: exact for the program that reads it, and without a character that a terminal obeys."""
-    text = json.dumps(value, ensure_ascii=ascii_only, indent=2)
+    """Print JSON: exact for the program that reads it, and without a character that a terminal obeys.
+
+    Numbers that are not finite, which JSON has none for, are null.
+    """
+    text = json.dumps(finite(value), ensure_ascii=ascii_only, indent=2, allow_nan=False)
     click.echo(re.sub("[\x7f-\uffff]", lambda found: _in_json(found[0]), text))
 
 

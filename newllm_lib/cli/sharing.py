@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from newllm_lib.cli.output import echo
+from newllm_lib.reporting.formatting import ppl_text
 
 
 @click.command()
@@ -48,5 +49,5 @@ def open_(bundle: Path, name: str | None, results_dir: str, max_gib: float) -> N
     if not math.isfinite(max_gib):
         raise click.UsageError(f"--max-gib {max_gib}: must be a number of GiB")
     run = bundles.open_bundle(bundle, results_dir, name, max_bytes=int(max_gib * 2**30))
-    best = f", best PPL {run.best['val_ppl']:.2f}" if run.best else ""
+    best = f", best PPL {ppl_text(run.best['val_ppl'])}" if run.best else ""
     echo(f"{run.folder}: verified; {run.record['status']}{best}")

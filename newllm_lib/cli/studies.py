@@ -137,7 +137,7 @@ def _show(study: Any, as_json: bool, files: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what bench.json holds instead of the table.")
 def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Path, as_json: bool) -> None:
     """Time training steps of the engines beside the published loop, an LSTM and the machine's own product rate."""
-    from newllm_lib.studies.bench.report import table_text
+    from newllm_lib.studies.bench.report import GROWTH, table_text
     from newllm_lib.studies.bench.training_speed import EXECUTION, INFERENCE, PARTS, run_bench
 
     chosen = list(parts or (*PARTS, EXECUTION, INFERENCE))
@@ -146,4 +146,5 @@ def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Pat
         echo_json(result)
     else:
         echo(table_text(result))
-    echo(f"written to {out}/: bench.json, bench.md, bench.png", err=True)
+    names = ["bench.json", "bench.md", *(["bench.png"] if set(chosen) & set(GROWTH) else [])]
+    echo(f"written to {out}/: {', '.join(names)}", err=True)

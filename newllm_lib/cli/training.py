@@ -12,7 +12,7 @@ from newllm_lib.cli.options import Sectioned, field_options, options_of, overrid
 from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.config import RunConfig, flat_fields, presets
 from newllm_lib.errors import ConfigError
-from newllm_lib.reporting.formatting import counted
+from newllm_lib.reporting.formatting import counted, ppl_text
 
 
 @click.command(cls=Sectioned)
@@ -106,7 +106,7 @@ def _print_run(run, as_json: bool) -> None:
     if run.best is None:
         return
     best = next((row for row in rows if row["step"] == run.best["step"]), run.best)
-    echo(f"\nbest validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}")
+    echo(f"\nbest validation perplexity {ppl_text(best['val_ppl'])} at step {best['step']:,}")
     if run.record.published_protocol:
         for level, title, row in report.milestones(rows):
             reached = "not reached" if row is None else f"{row['train_seconds']:.0f} s of training"

@@ -17,7 +17,7 @@ from newllm_lib.config import published as series
 from newllm_lib.config.places import user_path
 from newllm_lib.errors import ConfigError, FileMissingError, RunError
 from newllm_lib.reporting.formatting import counted, duration
-from newllm_lib.reporting.record import HISTORY, HISTORY_COLUMNS, RunRecord, read_history, read_record
+from newllm_lib.reporting.record import HISTORY, HISTORY_COLUMNS, RunRecord, finite, read_history, read_record
 from newllm_lib.system.files import file_errors
 
 PUBLISHED_SEQUENCES, PUBLISHED_TOKENS = 51_026, 2_748_486
@@ -121,7 +121,7 @@ class Comparison:
     def to_json(self) -> str:
         """Rows, groups and notes."""
         values = {"rows": self.rows(), "groups": {a: asdict(b) for a, b in self.groups.items()}, "notes": self.notes}
-        return json.dumps(values, indent=2) + "\n"
+        return json.dumps(finite(values), indent=2, allow_nan=False) + "\n"
 
 
 @file_errors()

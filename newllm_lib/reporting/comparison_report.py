@@ -19,8 +19,8 @@ from newllm_lib.reporting.comparison import (
     Entry,
     collect,
 )
-from newllm_lib.reporting.curves import set_perplexity_axis
-from newllm_lib.reporting.formatting import counted, duration
+from newllm_lib.reporting.curves import draw_or_warn, own_style, set_perplexity_axis
+from newllm_lib.reporting.formatting import counted, duration, ppl_text
 from newllm_lib.system.files import make_folder, write_atomic, write_text_atomic
 
 _PANELS = {"step": "optimizer steps", "tokens": "tokens seen", "train_seconds": "training time"}
@@ -57,12 +57,18 @@ def write(comparison: Comparison, folder: Path) -> None:
     """comparison.md, .csv, .json and .png, each whole, and of a run's folder no more than its name."""
     comparison = replace(comparison, entries=[entry.without_place() for entry in comparison.entries])
     make_folder(folder)
-    image, options = picture(comparison), {"format": "png", "dpi": 110, "metadata": {"Software": None}}
-    write_atomic(folder / "comparison.png", lambda file: image.savefig(file, **options))
+    path = folder / "comparison.png"
+    draw_or_warn(path, lambda: _write_picture(path, comparison))
     write_text_atomic(folder / "comparison.json", comparison.to_json())
     write_text_atomic(folder / "comparison.csv", csv_text(frame(comparison)))
     title = f"# Comparison of {counted(len(comparison.entries), 'run')}\n\n![validation perplexity](comparison.png)\n\n"
     write_text_atomic(folder / "comparison.md", title + table_text(comparison))
+
+
+@own_style()
+def _write_picture(path: Path, comparison: Comparison) -> None:
+    image, options = picture(comparison), {"format": "png", "dpi": 110, "metadata": {"Software": None}}
+    write_atomic(path, lambda file: image.savefig(file, **options))
 
 
 def table_text(comparison: Comparison) -> str:
@@ -70,10 +76,10 @@ def table_text(comparison: Comparison) -> str:
     rows, parts = comparison.rows(), []
     for letter, scored in comparison.groups.items():
         group = [row for row in rows if row["group"] == letter]
-        parts += [f"## {letter}: {markdown_text(scored)}", _table(group, SCORE_COLUMNS)]
+        parts += [f"## {letter}: {markdown_text(scored)}", _table(group, SCORE_COLUMNS, results=True)]
         if ranked := [row for row in group if row["rank"] and not row["published"]]:
             best, name = ranked[0], markdown_text(ranked[0]["run"])
-            parts.append(f"Best of these runs: #{best['number']} {name}, PPL {best['val_ppl']:.2f}.")
+            parts.append(f"Best of these runs: #{best['number']} {name}, PPL {ppl_text(best['val_ppl'])}.")
     parts += ["## Set-up", _table(rows, SET_UP_COLUMNS)]
     differing = []
     for name in (name for name in rows[0] if name.startswith("setting.") and name[8:] not in PROTOCOL_SETTINGS):
@@ -87,12 +93,15 @@ def table_text(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """The columns in which rows differ, padded so that they line up in a terminal too, and in words what all share."""
+def _table(rows: list[dict[str, Any]], names: list[str], results: bool = False) -> str:
+    """The columns in which rows differ, padded so that they line up in a terminal too, and in words what all share.
+
+    results: what the columns hold was measured, so that equal values are no common ground; every column stays.
+    """
     names = [name for name in names if COLUMNS[name][2]]
     cells = {name: [_cell(name, row[name]) for row in rows] for name in names}
     found = {name: set(cells[name]) - {""} for name in names}
-    shared = [name for name in names if len(found[name]) == 1 < len(rows) and name != "val_ppl"]
+    shared = [name for name in names if len(found[name]) == 1 < len(rows) and not results]
     columns = [["#", *(str(row["number"]) for row in rows)], ["run", *(_cell("run", row["run"]) for row in rows)]]
     for name in (name for name in names if found[name] and name not in shared):
         best = [name == "val_ppl" and row["rank"] == 1 for row in rows]

@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import published
 from newllm_lib.escaping import plot_text
 from newllm_lib.reporting.diagnostics import Row, best_row, number
+from newllm_lib.reporting.formatting import ppl_text
 from newllm_lib.reporting.record import CURVES
+from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import write_atomic
 
+_DRAWN = ("epoch", "train_loss", "val_loss", "val_ppl", "val_accuracy")
 _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9701e", "#777777"
 
 
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """Pictures inside look alike everywhere: a user's matplotlibrc may ask for LaTeX or fonts that are not there."""
+    from matplotlib import style
+
+    with style.context("default", after_reset=True):
+        yield
+
+
+def draw_or_warn(path: Path, draw: Callable[[], None]) -> None:
+    """Call what writes a picture to `path`; where that fails, a warning, and no picture of an earlier state."""
+    try:
+        draw()
+    except Exception as error:  # whatever a user's matplotlib has
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        warn_on_stderr(f"{path}: no picture: it could not be drawn ({type(error).__name__}: {error})")
+
+
 def write_curves(folder: Path, record: dict[str, Any], history: list[Row]) -> None:
-    """curves.png: loss, perplexity and accuracy over epochs, the published curve dashed where there is one.
+    """curves.png: `curves_png` in a run's folder."""
+    image = curves_png(record, history)
+    write_atomic(folder / CURVES, lambda file: file.write(image))
+
+
+def is_current(folder: Path, history: list[Row]) -> bool:
+    """Whether a run's picture is there and was drawn from this history."""
+    try:
+        return _digest(history).encode() in (folder / CURVES).read_bytes()
+    except OSError:
+        return False
+
+
+def _digest(history: list[Row]) -> str:
+    """What a picture keeps of the history that it shows, as history.csv would give it back."""
+    rows = [[None if row.get(name) is None else f"{row[name]:.6g}" for name in _DRAWN] for row in history]
+    return "history " + hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def curves_png(record: dict[str, Any], history: list[Row]) -> bytes:
+    """Loss, perplexity and accuracy over epochs, the published curve dashed where there is one: a PNG.
 
     Without a validation, or with none of a finite loss, the panels say so: whoever shows the file finds it.
     """
+    with own_style():
+        return _curves_png(record, history)
+
+
+def _curves_png(record: dict[str, Any], history: list[Row]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
@@ -39,8 +90,8 @@ def write_curves(folder: Path, record: dict[str, Any], history: list[Row]) -> No
         axes.set_xlabel("epochs")
         axes.grid(alpha=0.25)
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
-    write_atomic(folder / CURVES, lambda file: file.write(image.getvalue()))
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None, "Description": _digest(history)})
+    return image.getvalue()
 
 
 def no_curves(history: list[Row]) -> str:
@@ -65,13 +116,17 @@ def _draw(panels, record: dict[str, Any], history: list[Row]) -> None:
     if known:
         _plot_published(known, loss, ppl, accuracy)
     best = best_row(history)
-    star = {"color": _BLUE, "markersize": 13, "linestyle": "none", "label": f"best: {best['val_ppl']:.2f}"}
+    star = {"color": _BLUE, "markersize": 13, "linestyle": "none", "label": f"best: {ppl_text(best['val_ppl'])}"}
     ppl.plot([best["epoch"]], [best["val_ppl"]], marker="*", **star)
-    reached = [row["val_ppl"] for row in history if row["val_ppl"] is not None]
-    if record["published_protocol"]:
-        _mark_levels(ppl, accuracy, reached)
+    reached = [row["val_ppl"] for row in history if row["val_ppl"] is not None and math.isfinite(row["val_ppl"])]
+    if record["published_protocol"] and reached:
+        _mark_levels(ppl, reached)
+    if share := (record["validation"] or {}).get("unknown_share"):
+        accuracy.axhline(100 * share, color=_GREY, linewidth=0.8, linestyle=":", label="always <UNK>")
     shown = reached + ([value for _, value in known.curve] if known else [])
-    if max(shown) > 4 * min(shown):
+    if shown and max(shown) > 50 * min(shown):  # what diverged would flatten all else
+        set_perplexity_axis(ppl, min(shown), max(shown))
+    elif shown and max(shown) > 4 * min(shown):
         plain_log_axis(ppl)
     for axes in panels:
         set_epoch_axis(axes)
@@ -130,8 +185,8 @@ def _plot_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:
         accuracy.plot(epochs, share, label=label, **dashed)
 
 
-def _mark_levels(ppl, accuracy, reached: list[float]) -> None:
-    """Horizontal lines at the published results near the curve, and at the accuracy of saying <UNK> always."""
+def _mark_levels(ppl, reached: list[float]) -> None:
+    """Horizontal lines at the published results near the curve."""
     for level, title in published.MILESTONES:
         if 0.85 * min(reached) <= level <= max(reached):
             ppl.axhline(level, color=_GREY, linewidth=0.8, linestyle=":")
@@ -147,4 +202,3 @@ def _mark_levels(ppl, accuracy, reached: list[float]) -> None:
                 color=_GREY,
                 ha="left" if low else "right",
             )
-    accuracy.axhline(published.UNKNOWN_ACCURACY, color=_GREY, linewidth=0.8, linestyle=":", label="always <UNK>")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from newllm_lib.reporting.formatting import ppl_text
+
 Row = dict[str, Any]
 """A row of the history, as `Progress.validated` gets it; what an imported run does not know is None."""
 
@@ -62,7 +64,7 @@ def turning_up(history: list[Row]) -> str | None:
     if not (above and falls):
         return None
     return (
-        f"validation turns up: three in a row at a perplexity more than 1% above the best, {lowest:.2f} at epoch "
+        f"validation turns up: three in a row at a perplexity more than 1% above the best, {ppl_text(lowest)} at epoch "
         f"{best['epoch']:.2f}, while the training loss falls: more training makes the model worse on new text"
     )
 

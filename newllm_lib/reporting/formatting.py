@@ -15,6 +15,11 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
+def ppl_text(perplexity: float) -> str:
+    """A perplexity to two places; that of a run that diverged, which may have 184 digits, as 1.2e+184."""
+    return f"{perplexity:.2f}" if perplexity < 1e7 else f"{perplexity:.2g}"
+
+
 def markdown_table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A table in Markdown; `|` in a cell is escaped."""
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]

@@ -15,7 +15,7 @@ from newllm_lib.config import published
 from newllm_lib.escaping import html_text, one_line
 from newllm_lib.reporting.curves import plain_log_axis, set_epoch_axis
 from newllm_lib.reporting.diagnostics import Row, Spell, best_row, number
-from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.formatting import duration, ppl_text
 from newllm_lib.reporting.sync_status import SyncStatus
 
 # --- the page ---------------------------------------------------------------------------------------------------
@@ -73,7 +73,9 @@ def summary(view: View) -> str:
     parts = [
         view.record["run"] if view.record else "training",
         f"{view.status or 'not started'} at step {view.step:,} of {view.total_steps:,}",
-        f"best validation perplexity {best['val_ppl']:.2f} at step {best['step']:,}" if best else "no validation yet",
+        f"best validation perplexity {ppl_text(best['val_ppl'])} at step {best['step']:,}"
+        if best
+        else "no validation yet",
     ]
     return one_line("; ".join(parts))
 
@@ -241,7 +243,12 @@ def curves_png(record: dict[str, Any] | None, history: list[Row]) -> bytes:
             _draw_published(known, loss, ppl, accuracy)
         if best := best_row(history):
             ppl.plot(
-                best["epoch"], best["val_ppl"], "*", color=BLUE, markersize=10, label=f"best {best['val_ppl']:.2f}"
+                best["epoch"],
+                best["val_ppl"],
+                "*",
+                color=BLUE,
+                markersize=10,
+                label=f"best {ppl_text(best['val_ppl'])}",
             )
         reached = [value for line in ppl.lines for value in line.get_ydata() if math.isfinite(value)]
         if reached and max(reached) > 4 * min(reached):

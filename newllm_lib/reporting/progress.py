@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from newllm_lib.escaping import say
 from newllm_lib.reporting.diagnostics import Row, Spell, follow
-from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.formatting import duration, ppl_text
 from newllm_lib.reporting.sync_status import SyncStatus
 from newllm_lib.system.console import UnfailingStream
 
@@ -55,8 +55,8 @@ def rows_before(history: list[Row], row: Row) -> list[Row]:
 def table_line(row: dict[str, Any], best: bool) -> str:
     """A row of the history under HEADER; the best one so far is marked."""
     return (
-        f"{row['epoch']:7.2f} {row['step']:9,d} {row['train_loss']:11.4f} {row['val_loss']:9.4f} {row['val_ppl']:9.2f} "
-        f"{row['val_accuracy']:9.2%} {row['train_seconds']:9,.1f}" + (" *" if best else "")
+        f"{row['epoch']:7.2f} {row['step']:9,d} {row['train_loss']:11.4f} {row['val_loss']:9.4f} "
+        f"{ppl_text(row['val_ppl']):>9} {row['val_accuracy']:9.2%} {row['train_seconds']:9,.1f}{' *' if best else ''}"
     )
 
 

@@ -89,6 +89,8 @@ class RunRecord(dict):
     peak_memory_meaning: str | None
     environment: dict | None
     """`system.hardware.environment`."""
+    parts: list | None
+    """Where the run was trained, a part for each change: from_step (updates before it), precision, environment."""
     config: dict = field(metadata=_NEEDED)
     """`RunConfig.to_dict`, every field decided."""
     requested: dict | None
@@ -179,7 +181,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def record_text(record: dict[str, Any]) -> str:
     """What run.json holds."""
-    return json.dumps(finite(record), indent=2) + "\n"
+    return json.dumps(finite(record), indent=2, allow_nan=False) + "\n"
 
 
 def read_record(folder: Path) -> RunRecord:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import published
 from newllm_lib.config.portable import portable
-from newllm_lib.escaping import markdown_block, markdown_code, markdown_text
-from newllm_lib.reporting.curves import no_curves
+from newllm_lib.escaping import markdown_block, markdown_code, markdown_text, one_line
+from newllm_lib.reporting import curves
 from newllm_lib.reporting.diagnostics import best_row, every_spell
-from newllm_lib.reporting.formatting import counted, markdown_table
+from newllm_lib.reporting.formatting import counted, markdown_table, ppl_text
 from newllm_lib.reporting.record import (  # noqa: F401, nl.report has them
     CURVES,
     REPORT,
@@ -30,27 +31,63 @@ def _cell(row: dict[str, Any], name: str, form: str) -> str:
     return "" if row[name] is None else f"{row[name]:{form}}"
 
 
+def _ppl(row: dict[str, Any]) -> str:
+    """The perplexity of a row; empty where it is infinite, or a row of an imported run does not have it."""
+    return "" if row["val_ppl"] is None else ppl_text(row["val_ppl"])
+
+
 # --- the written report -----------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def write_pages(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    """curves.png and report.md, each whole; returns why there is no picture, '' where there is one.
+
+    Drawing never fails a run: matplotlib may be set up for a backend or fonts that are not there.
+    """
+    no_picture = ""
+    try:
+        curves.write_curves(folder, record, history)
+    except Exception as error:
+        no_picture = one_line(f"they could not be drawn ({type(error).__name__}: {error})")
+        with contextlib.suppress(OSError):
+            (folder / CURVES).unlink(missing_ok=True)  # what is there shows less than was trained
+    write_report(folder, record, history, no_picture)
+    return no_picture
+
+
+def pages_are_current(folder: Path, record: dict[str, Any], history: list[dict[str, Any]]) -> bool:
+    """Whether report and picture are there and tell of this status and these validations."""
+    if best_row(history) and not curves.is_current(folder, history):
+        return False
+    try:
+        text = (folder / REPORT).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    told = [summary_text(portable(record)), *_history_table(record, history).splitlines()[2:]]
+    return all(line in text for line in told) and (PICTURE in text) == bool(best_row(history))
+
+
+def write_report(folder: Path, record: dict[str, Any], history: list[dict[str, Any]], no_picture: str = "") -> None:
     """report.md: `report_text` in a run's folder."""
-    write_text_atomic(folder / REPORT, report_text(record, history))
+    write_text_atomic(folder / REPORT, report_text(record, history, no_picture))
 
 
-def report_text(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def report_text(record: dict[str, Any], history: list[dict[str, Any]], no_picture: str = "") -> str:
     """What was run, what came out, against what was published, every validation, samples: Markdown.
 
-    Every text of the record is escaped, and no path of this machine is in it.
+    no_picture: why there is none, in words that follow "No curves:". Every text of the record is escaped, and no path
+    of this machine is in it.
     """
+    no_picture = no_picture or ("" if best_row(history) else curves.no_curves(history))
     record = portable(record)
     parts = [
         f"# {markdown_text(record['run'])}",
         summary_text(record),
-        PICTURE if best_row(history) else f"No curves: {no_curves(history)}.",
+        f"No curves: {markdown_text(no_picture)}." if no_picture else PICTURE,
         "## Set-up",
         markdown_table(("", ""), [tuple(map(markdown_text, line)) for line in record["plan"] if line[0] != "run"]),
         _provenance(record),
+        *_parts(record),
         "## Result",
         result_text(record),
         *_warnings(record, history),
@@ -86,7 +123,7 @@ def summary_text(record: dict[str, Any]) -> str:
         else f"(accuracy {best['val_accuracy']:.1%}) at step {best['step']:,}, after {best['train_seconds']:,.0f} s of "
         "training (validation excluded)"
     )
-    ppl = _cell(best, "val_ppl", ".2f") or "infinite"
+    ppl = _ppl(best) or "infinite"
     text = f"Best validation perplexity **{ppl}** {place}. Status: {markdown_text(record['status'])}."
     if record.get("model_step") is not None:
         text += (
@@ -117,6 +154,30 @@ def _provenance(record: dict[str, Any]) -> str:
     return f"{commands}\n\nCommit: {commit}. {versions}. Seed {seed}. Data sha256 {sha256}…"
 
 
+def _parts(record: dict[str, Any]) -> list[str]:
+    """Where each part of a run was trained, if not all of it was trained in the same way; '' for what is not known."""
+    parts = record.get("parts") or []
+    if len(parts) < 2:
+        return []
+    rows = []
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        known = part.get("environment") or {}
+        versions, threads = known.get("versions") or {}, known.get("threads")
+        device = known.get("device_name") or ""
+        if device and known.get("device") == "cpu" and threads:
+            device += f", {counted(threads, 'thread')}"
+        last = following["from_step"] if following else record["step"]
+        cells = (
+            f"{part['from_step']:,} to {last:,}",
+            device,
+            part.get("precision") or "",
+            ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "newllm_lib") if name in versions),
+            (known.get("git_commit") or "")[:12],
+        )
+        rows.append(tuple(map(markdown_text, cells)))
+    return ["## Parts", markdown_table(("steps", "device", "precision", "versions", "commit"), rows)]
+
+
 def result_text(record: dict[str, Any]) -> str:
     """The best validation as a table."""
     best = record["best"]
@@ -127,7 +188,7 @@ def result_text(record: dict[str, Any]) -> str:
     rows = [
         (
             "perplexity",
-            _cell(best, "val_ppl", ".3f") or "infinite",
+            (_cell(best, "val_ppl", ".3f") if (best["val_ppl"] or 0) < 1e7 else _ppl(best)) or "infinite",
             "exp(loss)" if imported else "exp(sum of nll / number of targets)",
         ),
         ("loss", f"{best['val_loss']:.4f}", weighting),
@@ -221,8 +282,8 @@ def milestones_text(record: dict[str, Any], history: list[dict[str, Any]]) -> st
 def _when(row: dict[str, Any]) -> tuple[str, str]:
     """Training time and step of a row; an imported run knows the epoch alone."""
     if row["step"] is None:
-        return "unknown", f"epoch {markdown_text(row['epoch'])} (PPL {row['val_ppl']:.2f})"
-    return f"{row['train_seconds']:,.1f} s", f"{row['step']:,} (PPL {row['val_ppl']:.2f})"
+        return "unknown", f"epoch {markdown_text(row['epoch'])} (PPL {ppl_text(row['val_ppl'])})"
+    return f"{row['train_seconds']:,.1f} s", f"{row['step']:,} (PPL {ppl_text(row['val_ppl'])})"
 
 
 def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
@@ -234,9 +295,9 @@ def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str
             _cell(row, "step", ","),
             _cell(row, "train_loss", ".4f"),
             _cell(row, "val_loss", ".4f"),
-            f"**{row['val_ppl']:.2f}**"
+            f"**{ppl_text(row['val_ppl'])}**"
             if (row["step"], row["epoch"]) == (best["step"], best["epoch"])
-            else _cell(row, "val_ppl", ".2f"),
+            else _ppl(row),
             _cell(row, "val_accuracy", ".2%"),
             _cell(row, "val_bits_per_byte", ".4f") if lossless else _cell(row, "val_ppl_known", ".2f"),
             _cell(row, "lr", ".2e"),

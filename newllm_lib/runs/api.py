@@ -18,7 +18,7 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.runs.folder import resolve_run
-from newllm_lib.runs.launch import launch
+from newllm_lib.runs.launch import default_progress, launch
 from newllm_lib.runs.run import Loaded, Run, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.console import warn_on_stderr
@@ -59,7 +59,11 @@ def train(
     data, CheckpointError when the folder holds another run, TrainingError when training breaks down; in each case what
     was on disk stays valid.
     """
-    return launch(resolve(config, **overrides), fresh, progress, watch)
+    progress = progress or default_progress()
+    try:
+        return launch(resolve(config, **overrides), fresh, progress, watch)
+    finally:
+        progress.close()  # also where nothing begins
 
 
 def load(folder: str | Path) -> Run:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from newllm_lib.config import RunConfig
 from newllm_lib.errors import CheckpointError, TrainingError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.reporting.diagnostics import best_row
-from newllm_lib.reporting.formatting import duration
+from newllm_lib.reporting.formatting import duration, ppl_text
 from newllm_lib.reporting.progress import Progress, TerminalProgress
-from newllm_lib.reporting.record import RunRecord
+from newllm_lib.reporting.record import RunRecord, write_history
+from newllm_lib.reporting.report import pages_are_current
 from newllm_lib.runs.folder import RunPlace, checkpoints_gone, earlier_record, has_saved, resolve_run, set_aside
 from newllm_lib.runs.lock import RunLock, refuse_several_processes
 from newllm_lib.runs.mirror import Mirror
-from newllm_lib.runs.recorder import Recorder, command
+from newllm_lib.runs.recorder import Recorder, command, write_pages
 from newllm_lib.runs.run import Run
 from newllm_lib.system.console import in_kernel
 from newllm_lib.training.observers import Observer
@@ -51,8 +54,7 @@ def _launch(
     lock: RunLock,
 ) -> Run:
     def claim(place: RunPlace) -> Mirror | None:
-        lock.take(place.folder)
-        return _claim(place, requested.mirror_dir, fresh, progress.message)
+        return _claim(place, requested.mirror_dir, fresh, lock, progress.message)
 
     resolved = resolve_run(requested, claim=claim, shared=shared, log=progress.message)
     setup, earlier, mirror = resolved.setup, resolved.earlier, resolved.mirror
@@ -64,6 +66,7 @@ def _launch(
     _continue(trainer, earlier, progress)
     if trainer.ended() and (earlier.status, earlier.step) == (trainer.ended(), trainer.state.step):
         progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
+        _renew_pages(folder, earlier, trainer.state.history, progress)
         if mirror:
             mirror.close(progress.message)
         return Run(folder)
@@ -79,6 +82,14 @@ def _launch(
     trainer.observers += [recorder, *([_RequestCopy(mirror)] if mirror else [])]
     watch(trainer)
     return _fit(trainer, recorder, progress, mirror)
+
+
+def _renew_pages(folder: Path, record: RunRecord, history: list[dict[str, Any]], progress: Progress) -> None:
+    """Report and picture of a run that has ended, where they are missing or tell of an earlier state."""
+    if not pages_are_current(folder, record, history):
+        progress.message(f"writing the report of {folder} again: it was missing or older than the run")
+        write_history(folder, history)
+        write_pages(folder, record, history, progress.message)
 
 
 class _RequestCopy(Observer):
@@ -103,12 +114,15 @@ def default_progress() -> Progress:
     return NotebookProgress()
 
 
-def _claim(place: RunPlace, mirror_dir: str | None, fresh: bool, log: Callable[[str], None]) -> Mirror | None:
-    """Make a run's folder ready to be read and trained in: set aside what `fresh` replaces, bring the copy back.
+def _claim(
+    place: RunPlace, mirror_dir: str | None, fresh: bool, lock: RunLock, log: Callable[[str], None]
+) -> Mirror | None:
+    """Make a run's folder ours, to be read and trained in: set aside what `fresh` replaces, bring the copy back.
 
     Returns what keeps the copy, if there is one; ConfigError where it cannot be kept in `mirror_dir`.
     """
     mirror = Mirror(place.folder, mirror_dir, place.identity) if mirror_dir else None
+    lock.take(place.folder)
     for folder in (place.folder, place.copy):
         if fresh and folder and folder.exists():
             log(f"starting over; the old run is kept as {set_aside(folder)}")
@@ -140,7 +154,9 @@ def _continue(trainer: Trainer, earlier: RunRecord, progress: Progress) -> None:
     if state.step > total:
         text = f"step {state.step:,}, which is more than the {total:,} asked for"
     if best:
-        text += f", best PPL so far {best['val_ppl']:.2f}"
+        text += f", best PPL so far {ppl_text(best['val_ppl'])}"
+    if trainer.ended() and state.step <= total:
+        return  # which is told instead
     speed = estimate_speed(setup, measure=False)
     if speed and state.step < total:
         seconds = speed.training_seconds(setup) * (total - state.step) / total

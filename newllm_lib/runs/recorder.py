@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from newllm_lib.escaping import shell_command
 from newllm_lib.model.decoding import generate
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model, load_exported
-from newllm_lib.reporting import curves, report
+from newllm_lib.reporting import report
 from newllm_lib.reporting.diagnostics import best_row
-from newllm_lib.reporting.record import MODEL, WEIGHTS, RunRecord, write_history, write_record
+from newllm_lib.reporting.record import CURVES, MODEL, WEIGHTS, RunRecord, write_history, write_record
 from newllm_lib.system.files import make_folder
 from newllm_lib.system.hardware import environment
 from newllm_lib.training.checkpoint import load_checkpoint
@@ -30,6 +32,7 @@ from newllm_lib.tuning.cache import Store
 
 SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
 """A report's samples: how many, after how many tokens of a validation text, of how many tokens."""
+_WHILE_TRAINING = "they are drawn when training ends"
 LEAST_SECONDS = 10
 """Of training, before a run's speed stands for this machine in later plans."""
 
@@ -51,6 +54,7 @@ class Recorder(Observer):
             setup, str(self.folder), state.decay_steps, estimate_speed(setup, measure=False), state.warmup_steps
         )
         on_gpu = setup.machine.kind == "cuda"
+        here = {"from_step": state.step, "precision": setup.precision.name, "environment": environment(setup.machine)}
         return RunRecord(
             run=self.folder.name,
             preset=setup.config.preset,
@@ -68,7 +72,8 @@ class Recorder(Observer):
             data=data_facts(setup.prepared, setup.train_split),
             validation=validation_facts(setup.validation_split),
             peak_memory_meaning="of tensors on the GPU" if on_gpu else "resident memory of the process",
-            environment=environment(setup.machine),
+            environment=here["environment"],
+            parts=[*parts_before(earlier, here), here],
             config=setup.config.to_dict(),
             requested=setup.requested.to_dict(),
             commands=list(dict.fromkeys([*(earlier.commands or []), command()])),
@@ -88,21 +93,27 @@ class Recorder(Observer):
             self._export(trainer.model)
             self.record.model_step = None
         write_history(self.folder, trainer.state.history)
-        self._write_record("running")
+        self._update_record("running")
+        write_record(self.folder, self.record)
+        report.write_report(self.folder, self.record, trainer.state.history, _WHILE_TRAINING)
 
     def write(self, status: str) -> None:
-        """Everything, with the run's status."""
+        """Everything, the record with the run's status last: a run whose end was cut short is ended again."""
         history = self.trainer.state.history
         if best_row(history):
             self._export_best()
         self.record.samples = self._samples() if status != "running" else []
         if len(history) > self._rows_before and history[-1]["train_seconds"] >= LEAST_SECONDS:
             Store(self.trainer.setup.machine).keep_speed(self.trainer.setup, history[-1]["tokens_per_second"])
-        self._write_record(status)
+        self._update_record(status)
+        if status == "running":
+            write_record(self.folder, self.record)
         write_history(self.folder, history)
-        if history or status != "running":  # a run that begins does not wait for an empty picture
-            curves.write_curves(self.folder, self.record, history)
-        report.write_report(self.folder, self.record, history)
+        if status == "running":
+            report.write_report(self.folder, self.record, history, _WHILE_TRAINING)
+        else:
+            write_pages(self.folder, self.record, history, self.trainer.progress.message)
+            write_record(self.folder, self.record)
 
     def _export_best(self) -> None:
         """model/ from the best checkpoint: a run may have ended between the two."""
@@ -121,7 +132,7 @@ class Recorder(Observer):
         setup = self.trainer.setup
         export_model(self.folder / MODEL, model, setup.prepared.tokenizer, protocol=setup.config.data)
 
-    def _write_record(self, status: str) -> None:
+    def _update_record(self, status: str) -> None:
         state, setup, record = self.trainer.state, self.trainer.setup, self.record
         record.status, record.step, record.total_steps = status, state.step, setup.total_steps
         record.best = best_row(state.history)
@@ -129,7 +140,6 @@ class Recorder(Observer):
             peak = max(row["peak_memory_bytes"] for row in state.history)
             record.peak_memory_bytes = peak
             record.peak_memory_share = round(peak / setup.machine.memory_bytes, 4)
-        write_record(self.folder, record)
 
     def _samples(self) -> list[str]:
         """Texts that the best weights write after the first words of validation texts."""
@@ -144,6 +154,27 @@ class Recorder(Observer):
             start, whole = tokenizer.decode(prompt[0]), tokenizer.decode([*prompt[0], *new[0]])
             samples.append(f"**{start}**{whole[len(start) :]}")
         return samples
+
+
+def parts_before(earlier: RunRecord, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a run before the one that begins now: without it where nothing but the step has changed.
+
+    Of a run that an earlier version trained the last environment is known, and taken for that of all.
+    """
+    parts = list(earlier.parts or [])
+    if not parts and earlier.step and earlier.environment:
+        known = {"precision": earlier.decided.get("precision"), "environment": earlier.environment}
+        parts = [{"from_step": 0, **known}]
+    parts = [part for part in parts if isinstance(part, dict) and part.get("from_step", 0) < here["from_step"]]
+    if parts and {**parts[-1], "from_step": 0} == {**json.loads(json.dumps(here)), "from_step": 0}:
+        here["from_step"] = parts.pop()["from_step"]
+    return parts
+
+
+def write_pages(folder: Path, record: RunRecord, history: list[dict[str, Any]], log: Callable[[str], None]) -> None:
+    """Report and picture of a run that has ended; one warning where the picture could not be drawn."""
+    if why := report.write_pages(folder, record, history):
+        log(f"warning: {folder / CURVES}: no picture: {why}; the report has every figure")
 
 
 def sample_prompts(prepared: Prepared) -> list[np.ndarray]:

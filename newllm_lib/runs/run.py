@@ -20,6 +20,7 @@ from newllm_lib.model.pretrained import (
     tokenizer_text,
 )
 from newllm_lib.reporting import report
+from newllm_lib.reporting.formatting import ppl_text
 from newllm_lib.reporting.model_card import card_of
 from newllm_lib.reporting.record import (
     HISTORY,
@@ -48,7 +49,7 @@ class Run:
         self.record: RunRecord = read_record(self.folder)
 
     def __repr__(self) -> str:
-        best = f", PPL {self.best['val_ppl']:.2f}" if self.best and self.best["val_ppl"] else ""
+        best = f", PPL {ppl_text(self.best['val_ppl'])}" if self.best and self.best["val_ppl"] else ""
         return f"Run({str(self.folder)!r}, {one_line(self.record.status)}{best})"
 
     @property

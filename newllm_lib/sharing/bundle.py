@@ -22,8 +22,9 @@ from typing import Any
 from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import portable, portable_config, received
 from newllm_lib.errors import BundleError, FileTakenError, NewLLMError, RunError
+from newllm_lib.escaping import one_line
 from newllm_lib.model.pretrained import load_exported
-from newllm_lib.reporting import report
+from newllm_lib.reporting import curves, report
 from newllm_lib.reporting.model_card import model_card
 from newllm_lib.reporting.record import (
     CARD,
@@ -83,6 +84,7 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     load_exported(run.folder / MODEL)  # what cannot be read is not sent
     files = {name: run.folder / name for name in (*_REQUIRED, *_OPTIONAL) if (run.folder / name).is_file()}
     contents = {name: path.read_bytes() for name, path in files.items()} | _written_for_others(run)
+    contents = {name: data for name, data in contents.items() if data is not None}
     if checkpoint:
         contents |= _newest_checkpoint(run)
     manifest: dict[str, Any] = {"format_version": BUNDLE_VERSION, "run": run.folder.name, "files": {}}
@@ -98,14 +100,22 @@ def bundle(run: Run | str | Path, out: str | Path | None = None, *, checkpoint: 
     return out
 
 
-def _written_for_others(run: Run) -> dict[str, bytes]:
-    """The files of a bundle that could tell of this machine: the record, and what is written from it."""
+def _written_for_others(run: Run) -> dict[str, bytes | None]:
+    """The files of a bundle that could tell of this machine, or of an earlier state of the run; None = to be left out.
+
+    That is the record, and what is written from it and from the history.
+    """
     with damaged_record(run.folder):
         record = portable(run.record)
         texts = {RECORD: record_text(record), _CARD: model_card(record, run.config.model)}
-        if (run.folder / REPORT).is_file():
-            texts[REPORT] = report.report_text(record, history_rows(run.folder))
-    return {name: text.encode() for name, text in texts.items()}
+        history = history_rows(run.folder)
+        pictures, no_picture = {}, ""
+        try:
+            pictures = {} if curves.is_current(run.folder, history) else {CURVES: curves.curves_png(record, history)}
+        except Exception as error:  # drawing fails no bundle, and one that tells of less than was trained stays here
+            pictures, no_picture = {CURVES: None}, one_line(f"they could not be drawn ({type(error).__name__})")
+        texts[REPORT] = report.report_text(record, history, no_picture)
+    return {name: text.encode() for name, text in texts.items()} | pictures
 
 
 def _newest_checkpoint(run: Run) -> dict[str, bytes]:

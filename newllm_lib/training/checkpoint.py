@@ -125,7 +125,9 @@ class Checkpoints:
 
 def _with_finite_weights(payload: dict[str, Any], path: Path) -> dict[str, Any]:
     """The payload itself; CheckpointError where an earlier version saved weights that are of no use."""
-    tensors = {name: value for name, value in payload.get("model", {}).items() if isinstance(value, torch.Tensor)}
+    model = payload.get("model")
+    tensors = model if isinstance(model, dict) else {}
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     if broken := not_finite(tensors):
         raise CheckpointError(f"{path}: its weights are not finite ({', '.join(broken[:4])})")
     return payload

@@ -29,6 +29,9 @@ from newllm_lib.training.setup import Setup
 from newllm_lib.training.state import TrainState
 from newllm_lib.training.step import StepResult, TrainingStep
 
+_FAR_APART = 10
+"""Updates between two validations from which on two that are a single update apart are one."""
+
 
 class Trainer:
     """Trains a model as a Setup says, keeps checkpoints, and can be stopped and continued at any step.
@@ -158,11 +161,15 @@ class Trainer:
         return epoch_ended
 
     def _validation_is_due(self, result: StepResult, epoch_ended: bool) -> bool:
-        """At the end of an epoch and of the run, and every so many updates."""
-        step, every = self.state.step, self.setup.config.train.validate_every_steps
-        if epoch_ended or step >= self.setup.total_steps:
+        """At the end of an epoch and of the run, and every so many updates, but not a step before or after another."""
+        setup, step, every = self.setup, self.state.step, self.setup.config.train.validate_every_steps
+        if epoch_ended or step >= setup.total_steps:
             return True
-        return bool(every) and step % every == 0 and not result.skipped
+        if not every or step % every or result.skipped:
+            return False
+        to_the_end = min(setup.total_steps - step, setup.steps_per_epoch - self.state.batch)
+        since = step - self.state.history[-1]["step"] if self.state.history else step
+        return every < _FAR_APART or min(to_the_end, since) > 1
 
     def _validate(self) -> None:
         """Score the validation split, add a row to the history, keep the best weights."""

@@ -19,6 +19,7 @@ from newllm_lib.data.dataset import prepare
 from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError, TrainingError
 from newllm_lib.model.newllm import NewLLM
+from newllm_lib.reporting.curves import draw_or_warn, own_style
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.files import file_errors, make_folder, write_atomic, write_text_atomic
 from newllm_lib.system.hardware import cpu_threads
@@ -75,7 +76,8 @@ class RangeTest:
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
         write_text_atomic(folder / "lr_find.csv", text.getvalue())
-        _plot(folder / "lr_find.png", self)
+        picture = folder / "lr_find.png"
+        draw_or_warn(picture, lambda: _plot(picture, self))
         return folder
 
 
@@ -172,6 +174,7 @@ def suggest(rates: list[float], smoothed: list[float]) -> tuple[float | None, st
     )
 
 
+@own_style()
 def _plot(path: Path, test: RangeTest) -> None:
     from matplotlib.figure import Figure
 

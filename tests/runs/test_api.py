@@ -173,7 +173,7 @@ def test_the_decisions_of_another_run_of_that_name_are_not_taken_over(config, te
     shutil.rmtree(run.folder / "checkpoints")
     with pytest.raises(CheckpointError, match=r"the checkpoints of this run are gone \(it was at step 1\)"):
         nl.train(changed, progress=Quiet())
-    (run.folder / "run.json").write_text(json.dumps(record | {"best": None}))
+    shutil.rmtree(run.folder / "model")
     found = nl.train(changed, progress=Quiet())
     assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (config.train.batch_size, None)
     assert found.record["decided"]["precision"] == "fp32"

@@ -293,7 +293,7 @@ def test_one_line_for_each_run(whole):
 
 
 def test_what_it_leaves(whole):
-    names = {path.name for path in whole.study.folder.iterdir() if path.is_file()}
+    names = {path.name for path in whole.study.folder.iterdir() if path.is_file() and path.suffix != ".lock"}
     assert names == {
         "settings.json", "study.json", "lr_scaling.csv", "histories.csv", "lr_scaling.md", "lr_scaling.png",
     }  # fmt: skip
@@ -582,7 +582,7 @@ def test_the_command(text, tmp_path, monkeypatch):
     result = CliRunner().invoke(main, [*call, *options])
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("- Every cell read 16 sequences of ")
-    assert "1 runs for 1 cells" in result.stderr
+    assert "1 run for 1 cell " in result.stderr
     as_json = CliRunner().invoke(main, [*call, *options, "--json"])
     assert json.loads(as_json.stdout)["cells"][0]["steps"] == 2
     for wrong in (["--batch-sizes", "8,x"], ["--dropout", "2"]):

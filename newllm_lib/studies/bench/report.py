@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.escaping import markdown_text, plot_text
+from newllm_lib.reporting.curves import draw_or_warn, own_style
 from newllm_lib.reporting.formatting import counted
 from newllm_lib.studies.bench.execution_choice import choice_text
 from newllm_lib.studies.bench.inference_speed import inference_text
@@ -74,6 +75,11 @@ def published_seconds(row: dict[str, Any], rows: list[dict[str, Any]]) -> float 
 
 def write_plot(path: Path, result: dict[str, Any]) -> None:
     """One panel for each thing that grows: tokens a second of every subject."""
+    draw_or_warn(path, lambda: _write_plot(path, result))
+
+
+@own_style()
+def _write_plot(path: Path, result: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     parts = [part for part in GROWTH if any(row["part"] == part for row in result["rows"])]

@@ -26,6 +26,7 @@ from newllm_lib.errors import ConfigError, TrainingError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.packed_linear import Product
 from newllm_lib.model.recurrence.self_check import choose_numerics
+from newllm_lib.reporting.record import finite
 from newllm_lib.studies.bench.baselines import LSTMModel, PublishedLoop, plain_step
 from newllm_lib.studies.bench.execution_choice import measure_choice
 from newllm_lib.studies.bench.inference_speed import measure_inference
@@ -269,7 +270,7 @@ def run_bench(
         result[EXECUTION] = measure_choice(lambda batch: _rows_of(data, batch), detect(), rounds, report)
     if INFERENCE in parts:
         result[INFERENCE] = measure_inference(rounds, report)
-    write_text_atomic(folder / "bench.json", json.dumps(result, indent=2) + "\n")
+    write_text_atomic(folder / "bench.json", json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
     write_text_atomic(folder / "bench.md", table_text(result))
     if set(parts) & set(GROWTH):
         write_plot(folder / "bench.png", result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm_lib.escaping import plot_text
+from newllm_lib.reporting.curves import draw_or_warn, own_style
 from newllm_lib.reporting.formatting import counted
 from newllm_lib.studies.lr_scaling.findings import Place, places
 from newllm_lib.system.files import write_atomic
@@ -24,6 +25,11 @@ _GREY = "#8c8c8c"
 
 def write_plot(path: Path, record: dict[str, Any], histories: DataFrame) -> None:
     """A heat-map for each initialisation, and the curves of each batch."""
+    draw_or_warn(path, lambda: _write_plot(path, record, histories))
+
+
+@own_style()
+def _write_plot(path: Path, record: dict[str, Any], histories: DataFrame) -> None:
     from matplotlib.figure import Figure
 
     found = places(record)

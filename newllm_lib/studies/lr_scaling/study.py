@@ -26,7 +26,7 @@ from newllm_lib.data.dataset import Split
 from newllm_lib.errors import ConfigError
 from newllm_lib.escaping import csv_text, markdown_list, text_table
 from newllm_lib.evaluation import perplexity
-from newllm_lib.reporting.formatting import counted, duration
+from newllm_lib.reporting.formatting import counted, duration, ppl_text
 from newllm_lib.reporting.record import finite
 from newllm_lib.reporting.study_progress import LiveLine
 from newllm_lib.studies.lr_scaling import findings as lr_scaling_findings
@@ -129,7 +129,7 @@ class LrScalingStudy:
             write_text_atomic(folder / f"{name}.csv", csv_text(frame, index=False))
         write_plot(folder / "lr_scaling.png", self.record, self.histories)
         write_text_atomic(folder / "lr_scaling.md", lr_scaling_findings.text(self.record))
-        write_text_atomic(folder / "study.json", json.dumps(self.record, indent=2) + "\n")
+        write_text_atomic(folder / "study.json", json.dumps(self.record, indent=2, allow_nan=False) + "\n")
         return folder
 
 
@@ -301,7 +301,7 @@ def _train(cells: list[Cell], setup: Setup, progress: LiveLine, shared: SharedEx
             continue
         seconds.setdefault(cell.batch_size, []).append(time.monotonic() - started)
         left = _seconds_left(todo[number:], seconds, fingerprint)
-        result = f"PPL {run.best['val_ppl']:.2f}" if run.best else "no validation"
+        result = f"PPL {ppl_text(run.best['val_ppl'])}" if run.best else "no validation"
         if failure_of(run.folder):
             result += ", broke down"
         progress.say(f"{progress.label}: {result}" + (f"; about {duration(left)} left" if left else ""))

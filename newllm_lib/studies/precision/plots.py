@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm_lib.escaping import plot_text
-from newllm_lib.reporting.curves import plain_log_axis
+from newllm_lib.reporting.curves import draw_or_warn, own_style, plain_log_axis
 from newllm_lib.reporting.formatting import counted
 from newllm_lib.studies.precision.findings import run_of
 from newllm_lib.system.files import write_atomic
@@ -23,6 +23,11 @@ _GREY = "#8c8c8c"
 
 def write_plot(path: Path, record: dict[str, Any], steps: DataFrame, validations: DataFrame) -> None:
     """Training loss, its difference, validation; gradient norms, distance of the weights, errors of one step."""
+    draw_or_warn(path, lambda: _write_plot(path, record, steps, validations))
+
+
+@own_style()
+def _write_plot(path: Path, record: dict[str, Any], steps: DataFrame, validations: DataFrame) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 8.4), layout="constrained")

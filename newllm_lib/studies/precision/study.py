@@ -86,7 +86,8 @@ class PrecisionStudy:
             write_text_atomic(folder / f"{name}.csv", csv_text(getattr(self, name), index=False))
         write_plot(folder / "precisions.png", self.record, self.steps, self.validations)
         write_text_atomic(folder / "precisions.md", precision_findings.text(self.record))
-        write_text_atomic(folder / "study.json", json.dumps(self.record, indent=2) + "\n")  # last: now it is whole
+        record = json.dumps(self.record, indent=2, allow_nan=False) + "\n"
+        write_text_atomic(folder / "study.json", record)  # last: now it is whole
         return folder
 
     @classmethod
