@@ -7,6 +7,7 @@ are, and escaped only here, where they appear. One function for each kind of pla
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -35,9 +36,26 @@ def _escaped(match: re.Match[str]) -> str:
 # --- a terminal -------------------------------------------------------------------------------------------------
 
 
-def terminal_text(value: Any) -> str:
-    r"""Text of any number of lines that a terminal shows and never obeys: ESC is written as \x1b."""
+def visible_text(value: Any) -> str:
+    r"""Text of any number of lines, exact but for characters that act: ESC is written as \x1b."""
     return _ACTING.sub(_escaped, str(value))
+
+
+def terminal_text(value: Any) -> str:
+    """Text of any number of lines that a terminal shows and never obeys, without what belongs to this user alone."""
+    return visible_text(impersonal(str(value)))
+
+
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^\s/@]+(?=@)|(?<=[?&]token=)[^\s&]+")
+"""Tokens of the hub, and what stands before the host or as a token in an address."""
+
+
+def impersonal(text: str) -> str:
+    """A text with paths under the home as ~/..., and without tokens and passwords: screens are shared."""
+    text, home = _SECRET.sub("***", text), os.path.expanduser("~")
+    if home in ("~", "/", "") or home not in text:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?=/)", "~", text)
 
 
 def one_line(value: Any) -> str:
@@ -76,12 +94,12 @@ would make a link of any kind, javascript: too."""
 
 def html_text(value: Any) -> str:
     """Text between the tags of a page: no tag, no entity and no formula of its own. Line ends stay."""
-    return re.sub(r"\$|\\(?=\S)", lambda match: _MATHS[match[0]], html_attribute(value))
+    return re.sub(r"\$|\\(?=\S)", lambda match: _MATHS[match[0]], html_attribute(impersonal(str(value))))
 
 
 def html_attribute(value: Any) -> str:
     """Text between the quotes of an attribute. An address needs `urllib.parse.quote` first."""
-    return escape(terminal_text(value), quote=True)
+    return escape(visible_text(value), quote=True)
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------
@@ -147,7 +165,10 @@ def shell_word(word: Any) -> str:
     With a control character in it the word is written as $'\x1b': a terminal could not show it otherwise.
     """
     word = str(word)
-    if one_line(word) == word:
+    home = os.path.expanduser("~")
+    if home not in ("~", "/", "") and word.startswith(f"{home}/"):
+        return "~/" + shell_word(word.removeprefix(f"{home}/"))  # a quoted tilde would be a file's name
+    if visible_text(word) == word and not set(word) & {"\t", "\n"}:
         return shlex.quote(word)
     plain = word.replace("\\", "\\\\").replace("'", "\\'").encode("utf-8", "surrogateescape").decode("latin-1")
     return "$'" + "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in plain) + "'"

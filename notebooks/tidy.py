@@ -1,4 +1,5 @@
-"""Gives every notebook beside it the one set-up cell of setup_cell.py, and strips outputs and widget state.
+"""Gives every notebook beside it the one set-up cell of setup_cell.py, tags the cell with the settings, which is the
+first one after it, and strips outputs and widget state.
 
 `python notebooks/tidy.py` writes what has to change and names it; with `--check` it changes nothing, and its exit
 status is the number of notebooks that are not tidy.
@@ -12,6 +13,8 @@ from nbstripout import strip_output
 
 FOLDER = Path(__file__).resolve().parent
 MARK = "# @title Set-up"
+PARAMETERS = "parameters"
+"""The tag of the cell with the settings, which papermill replaces."""
 
 
 def tidy(text: str, setup_cell: str) -> str:
@@ -21,6 +24,11 @@ def tidy(text: str, setup_cell: str) -> str:
     if len(setups) != 1:
         raise ValueError(f"has {len(setups)} cells that begin with {MARK!r}: must be one")
     setups[0].source = setup_cell.rstrip("\n")
+    settings = [cell for cell in notebook.cells if cell.cell_type == "code" and cell is not setups[0]][:1]
+    for cell in notebook.cells:
+        tags = [tag for tag in cell.metadata.pop("tags", []) if tag != PARAMETERS]
+        tags += [PARAMETERS] if cell in settings else []
+        cell.metadata.update({"tags": tags} if tags else {})
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"  # the same in every checkout, whoever saved it
     stripped = strip_output(

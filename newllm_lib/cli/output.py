@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from newllm_lib.escaping import terminal_text, write_if_possible
+from newllm_lib.escaping import terminal_text, visible_text, write_if_possible
 from newllm_lib.reporting.record import finite
 
 
@@ -32,12 +32,12 @@ def echo_json(value: Any, *, ascii_only: bool = True) -> None:
 
 def _in_json(character: str) -> str:
     """A character in JSON, written as a number where a terminal would not show it."""
-    return character if terminal_text(character) == character else f"\\u{ord(character):04x}"
+    return character if visible_text(character) == character else f"\\u{ord(character):04x}"
 
 
 def echo_exact(text: str, *, nl: bool = True) -> None:
     """Print a text that a model wrote, or a file: escaped on a terminal, exact in a file and for another program."""
-    shown = terminal_text(text) if sys.stdout and sys.stdout.isatty() else text
+    shown = visible_text(text) if sys.stdout and sys.stdout.isatty() else text
     # half a surrogate pair, which no encoding has, is escaped everywhere
-    whole = re.sub("[\\ud800-\\udfff]", lambda half: terminal_text(half[0]), shown)
+    whole = re.sub("[\\ud800-\\udfff]", lambda half: visible_text(half[0]), shown)
     click.echo(whole, nl=nl, color=True)  # else click leaves out what looks like a colour

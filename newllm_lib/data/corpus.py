@@ -307,16 +307,17 @@ def texts_of_rows(rows: Iterable[str]) -> list[str]:
 def _load_hub_dataset(config_name: str, name: str):
     """The dataset from the hub, or from the local cache when the hub does not answer within seconds.
 
-    The library's own way of finding out that there is no network is to retry for half a minute.
+    The library's own way of finding out that there is no network is to retry for half a minute. The text is public:
+    token=False keeps the library from asking for one (see `system.hub`).
     """
     import datasets
 
     local = Path(HUB_REPOSITORY).is_dir()
     try:
         if local or _hub_answers():
-            return datasets.load_dataset(HUB_REPOSITORY, config_name)
+            return datasets.load_dataset(HUB_REPOSITORY, config_name, token=False)
         with _offline(datasets):
-            return datasets.load_dataset(HUB_REPOSITORY, config_name)
+            return datasets.load_dataset(HUB_REPOSITORY, config_name, token=False)
     except Exception as error:  # datasets raises a dozen unrelated classes for "cannot be had"
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise file_error(error, error.filename or "the cache of Hugging Face", f"data {name}") from error
@@ -332,7 +333,7 @@ def _hub_answers() -> bool:
     import huggingface_hub
 
     try:
-        huggingface_hub.HfApi().dataset_info(HUB_REPOSITORY, timeout=HUB_TIMEOUT_SECONDS)
+        huggingface_hub.HfApi().dataset_info(HUB_REPOSITORY, timeout=HUB_TIMEOUT_SECONDS, token=False)
     except Exception:  # the transport's classes differ between huggingface_hub 0.x, 1.x and 2.x
         return False
     return True

@@ -14,9 +14,11 @@ from torch.nn.functional import linear
 from torch.nn.utils import skip_init
 
 from newllm_lib.config import ModelConfig
+from newllm_lib.errors import ConfigError
 from newllm_lib.model import decoding
 from newllm_lib.model.recurrence import ENGINES, Dropout, Weights
 from newllm_lib.system.files import write_text_atomic
+from newllm_lib.system.hub import own_hub_token
 
 
 class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
@@ -53,6 +55,27 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         model = cls(config)
         model.initialise(torch.Generator().manual_seed(seed))
         return model.to(device)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, token: str | bool | None = None, **options):
+        """The weights of a folder or of a repository on the hub; options as of `PyTorchModelHubMixin`.
+
+        token: None = that of HF_TOKEN or of the stored login; nothing is asked for.
+        """
+        token = own_hub_token() if token is None else token
+        return super().from_pretrained(pretrained_model_name_or_path, token=token, **options)
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, **options) -> str:
+        """Upload weights, tokenizer and card; options as of `PyTorchModelHubMixin`, token as of `from_pretrained`.
+
+        ConfigError without any token.
+        """
+        token = token or own_hub_token()
+        if not token:
+            raise ConfigError(
+                "push_to_hub needs a token: set HF_TOKEN, log in with huggingface_hub.login(), or pass token=..."
+            )
+        return super().push_to_hub(repo_id, token=token, **options)
 
     @property
     def device(self) -> torch.device:

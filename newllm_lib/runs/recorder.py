@@ -14,7 +14,7 @@ import torch
 from newllm_lib.config import BOS, presets
 from newllm_lib.data.dataset import Prepared, Split
 from newllm_lib.errors import CheckpointError
-from newllm_lib.escaping import shell_command
+from newllm_lib.escaping import impersonal, shell_command
 from newllm_lib.model.decoding import generate
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model, load_exported
@@ -50,9 +50,9 @@ class Recorder(Observer):
         """What does not change while it trains, and what continues an earlier part of the run."""
         setup, state = self.trainer.setup, self.trainer.state
         faithful, reason = self._faithful(earlier)
-        plan = plan_lines(
-            setup, str(self.folder), state.decay_steps, estimate_speed(setup, measure=False), state.warmup_steps
-        )
+        speed = estimate_speed(setup, measure=False)
+        lines = plan_lines(setup, str(self.folder), state.decay_steps, speed, state.warmup_steps)
+        plan = [(name, impersonal(text)) for name, text in lines]
         on_gpu = setup.machine.kind == "cuda"
         here = {"from_step": state.step, "precision": setup.precision.name, "environment": environment(setup.machine)}
         return RunRecord(
@@ -203,5 +203,5 @@ def command(without: tuple[str, ...] = ()) -> str:
     """How this process was called, for the record; Python and notebooks say so. `without`: words to leave out."""
     program = Path(sys.argv[0]).name
     if program in ("newllm", "__main__.py"):
-        return shell_command(["newllm", *(word for word in sys.argv[1:] if word not in without)])
+        return impersonal(shell_command(["newllm", *(word for word in sys.argv[1:] if word not in without)]))
     return "newllm_lib.train(...) from Python"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from newllm_lib.config import RunConfig
 from newllm_lib.config.places import user_path
 from newllm_lib.errors import FileMissingError, FileTakenError, NewLLMError
 from newllm_lib.escaping import say
@@ -33,8 +37,8 @@ def find_run(
 
     place: a run's folder, or its name in `results_dir` or `mirror_dir`; a bundle with a checkpoint, a checkpoint file,
     or the id of such a file on Google Drive (`sha256` is then what its content must be); empty = the newest run of
-    `results_dir` and of its copies in `mirror_dir`, None where there is none. Errors as of `fetch` and `adopt`;
-    FileTakenError where a copy's run would replace another one.
+    `results_dir` and of its copies in `mirror_dir`, None where there is none. Of a run that cannot be written to a copy
+    is made. Errors as of `fetch` and `adopt`; FileTakenError where a copy's run would replace another one.
     """
     results_dir, mirror_dir = user_path(results_dir), user_path(mirror_dir) if mirror_dir else None
     wheres = [where for where in (results_dir, mirror_dir) if where]
@@ -56,7 +60,28 @@ def find_run(
         check_same_run(here, identity)
         Mirror(here, mirror_dir, identity).restore(tell)
         return Run(here)
-    return Run(found)
+    return Run(found) if os.access(found, os.W_OK) else _writable_copy(found, results_dir, tell)
+
+
+def _writable_copy(found: Path, results_dir: Path, tell: Callable[[str], None]) -> Run:
+    """A run that cannot be written to, such as an input on Kaggle, as a copy that can; the copy of before where it is.
+
+    FileTakenError where another run has its place.
+    """
+    if not os.access(results_dir if results_dir.exists() else results_dir.parent, os.W_OK):
+        results_dir = Path(RunConfig().results_dir)
+    here = results_dir / found.name
+    if here.exists():
+        check_same_run(here, read_record(found).identity)
+        tell(f"{found}: cannot be written to; continuing its copy {here}")
+        return Run(here)
+    make_folder(results_dir)
+    with tempfile.TemporaryDirectory(prefix=".copying-", dir=results_dir) as scratch:
+        whole = Path(scratch) / found.name
+        shutil.copytree(found, whole, copy_function=shutil.copyfile)
+        whole.rename(here)
+    tell(f"{found}: cannot be written to; continuing a copy of it, {here}")
+    return Run(here)
 
 
 def _runs_in(where: Path, tell: Callable[[str], None]) -> list[Path]:
