@@ -52,13 +52,13 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
 def test_papermill_finds_the_settings(path):
-    """The one cell that it replaces is tagged, and holds nothing but settings and comments."""
+    """The one cell after which it puts its values is tagged, and begins with settings."""
     notebook = nbformat.read(path, as_version=4)
     (tagged,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert tagged is code[1]  # after the set-up
-    lines = [line for line in tagged.source.splitlines() if line and not line.startswith("#")]
-    assert lines and all(line.split(" = ")[0].isupper() for line in lines)
+    name, _, value = tagged.source.splitlines()[0].partition(" = ")
+    assert name.isupper() and value
 
 
 def test_they_are_as_tidy_py_leaves_them_and_it_sees_when_not(tmp_path):
