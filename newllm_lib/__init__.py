@@ -53,7 +53,7 @@ _HOMES = {
     "side_by_side": "runs.api",
 }
 _ERRORS = (
-    "NewLLMError", "ConfigError", "DataError", "RunError", "TrainingError", "PartialUpdateError",
+    "NewLLMError", "ConfigError", "DataError", "RunError", "RunInUseError", "TrainingError", "PartialUpdateError",
     "MissingPackageError", "CheckpointError", "NewerCheckpointError", "NoModelError", "BundleError", "ChangedError",
     "FileError", "FileMissingError", "FileTakenError", "FilePermissionError", "NotAFileError", "NotAFolderError",
     "NetworkError", "DownloadError",

@@ -34,6 +34,7 @@ BASES = {
     "ConfigError": ValueError,
     "DataError": ValueError,
     "RunError": ValueError,
+    "RunInUseError": ValueError,
     "TrainingError": RuntimeError,
     "PartialUpdateError": MemoryError,
     "MissingPackageError": ImportError,
@@ -584,7 +585,8 @@ def test_bytes_that_are_no_character_are_no_bug(newllm):
 def test_a_full_disk_under_the_cache_of_the_hub_is_no_lack_of_network(monkeypatch):
     import datasets
 
-    def load(*arguments):
+    def load(*arguments, token):
+        assert token is False  # nothing is asked for a public text
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/wikitext")
 
     monkeypatch.setattr(corpus, "_hub_answers", lambda: True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import published
+from newllm_lib.errors import FileError
 from newllm_lib.escaping import plot_text
 from newllm_lib.reporting.diagnostics import Row, best_row, number
 from newllm_lib.reporting.formatting import ppl_text
@@ -33,9 +34,14 @@ def own_style() -> Iterator[None]:
 
 
 def draw_or_warn(path: Path, draw: Callable[[], None]) -> None:
-    """Call what writes a picture to `path`; where that fails, a warning, and no picture of an earlier state."""
+    """Call what writes a picture to `path`; where it cannot be drawn, a warning, and no picture of an earlier state.
+
+    FileError where it cannot be written.
+    """
     try:
         draw()
+    except FileError:
+        raise
     except Exception as error:  # whatever a user's matplotlib has
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

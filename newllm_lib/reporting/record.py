@@ -87,6 +87,8 @@ class RunRecord(dict):
     validation: dict | None
     """What was scored: tokens, unknown_share (of 1), digest (sha256 of the ids)."""
     peak_memory_meaning: str | None
+    product_rate: float | None
+    """FLOP a second of matrix products in the run's format, as this machine gave it when training began."""
     environment: dict | None
     """`system.hardware.environment`."""
     parts: list | None

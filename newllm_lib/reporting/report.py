@@ -194,7 +194,7 @@ def result_text(record: dict[str, Any]) -> str:
         ("loss", f"{best['val_loss']:.4f}", weighting),
         ("accuracy", _cell(best, "val_accuracy", ".2%"), "likeliest token is the target"),
         *(_lossless_rows(best) if _is_lossless(best) else _known_rows(best, record["validation"]["unknown_share"])),
-        ("tokens a second", _cell(best, "tokens_per_second", ",.0f"), "real targets, since the validation before"),
+        ("tokens a second", _cell(best, "tokens_per_second", ",.0f"), _speed_meaning(record)),
         (
             "peak memory",
             "" if peak is None else f"{peak / 2**30:.2f} GiB",
@@ -212,6 +212,14 @@ def result_text(record: dict[str, Any]) -> str:
             )
         )
     return markdown_table(("", "best validation", "meaning"), rows)
+
+
+def _speed_meaning(record: dict[str, Any]) -> str:
+    """What a speed means without the machine is nothing: its name, and how fast it multiplies."""
+    name, rate = (record.get("environment") or {}).get("device_name"), record.get("product_rate")
+    where = f", on {markdown_text(name)}" if name else ""
+    products = f" ({rate / 1e9:,.0f} GFLOP/s of {record['decided'].get('precision')} products)" if rate else ""
+    return f"real targets, since the validation before{where}{products}"
 
 
 def _is_lossless(row: dict[str, Any]) -> bool:

@@ -29,6 +29,7 @@ from newllm_lib.training.plan import is_published_protocol, plan_lines, unfaithf
 from newllm_lib.training.trainer import Trainer
 from newllm_lib.tuning import estimate_speed
 from newllm_lib.tuning.cache import Store
+from newllm_lib.tuning.products import usual_rate
 
 SAMPLES, SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 3, 8, 60
 """A report's samples: how many, after how many tokens of a validation text, of how many tokens."""
@@ -72,6 +73,7 @@ class Recorder(Observer):
             data=data_facts(setup.prepared, setup.train_split),
             validation=validation_facts(setup.validation_split),
             peak_memory_meaning="of tensors on the GPU" if on_gpu else "resident memory of the process",
+            product_rate=usual_rate(setup.machine, setup.precision.name),
             environment=here["environment"],
             parts=[*parts_before(earlier, here), here],
             config=setup.config.to_dict(),

@@ -16,9 +16,8 @@ from newllm_lib.system.hardware import Machine
 from newllm_lib.training.estimates import matrix_parameters
 from newllm_lib.training.setup import Setup
 
-VERSION = 3
-"""Raise it when what is kept, or what it was measured with, changes its meaning (3: a large FP16 batch trains, so that
-its trial makes the optimizer's state, and its memory counts)."""
+VERSION = 4
+"""Raise it when what is kept, or what it was measured with, changes its meaning (4: Muon in the run's format)."""
 _SPEED_FIELDS = {"facts", "batch_size", "rows", "tokens_per_second"}
 _MOST = 300
 """Entries of each kind that are kept, the newest ones."""

@@ -123,6 +123,7 @@ def test_the_first_moment_at_which_a_run_is_finished_its_report_is_there(config,
     assert is_true(nl.load(tmp_path / "results" / "r"))
 
 
+@pytest.mark.slow
 def test_the_report_of_a_killed_run_has_its_validations(config, tmp_path):
     process = subprocess.Popen(tiny_command(config), stderr=subprocess.DEVNULL)
     folder, end = tmp_path / "results" / "r", time.monotonic() + 100
@@ -132,7 +133,7 @@ def test_the_report_of_a_killed_run_has_its_validations(config, tmp_path):
     process.kill()
     process.wait()
     rows, text = history_rows(folder), (folder / "report.md").read_text()
-    assert f"| {rows[-2]['epoch']:.2f} | {rows[-2]['step']} |" in text
+    assert f"| {rows[-2]['epoch']:.2f} | {rows[-2]['step']:,} |" in text
     assert "No curves: they are drawn when training ends." in text and "![curves]" not in text
 
 

@@ -107,7 +107,7 @@ def test_push_to_hub_sends_weights_card_and_tokenizer(run, monkeypatch):
         "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **rest: type("R", (), {"repo_id": repo_id})
     )
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
-    run.model.push_to_hub("someone/small")
+    run.model.push_to_hub("someone/small", token="hf_x")
     assert set(sent) == {"README.md", "config.json", "data.json", "model.safetensors", "tokenizer.json"}
 
 
