@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from newllm_lib.escaping import terminal_text
+from newllm_lib.escaping import impersonal, terminal_text
 
 __all__ = [
     "BundleError",
@@ -37,7 +37,13 @@ __all__ = [
 
 
 class NewLLMError(Exception):
-    """Base of every exception that this library raises on purpose; its message is one that a user can act on."""
+    """Base of every exception that this library raises on purpose; its message is one that a user can act on.
+
+    `str` shows paths under the home as ~/... and no token: tracebacks are shared.
+    """
+
+    def __str__(self) -> str:
+        return impersonal(super().__str__())
 
 
 # --- what a user asks for ---------------------------------------------------------------------------------------
@@ -117,7 +123,7 @@ class FileError(NewLLMError, OSError):
     """The message, where the system's own words are only a part of it."""
 
     def __str__(self) -> str:
-        return self.sentence or super().__str__()
+        return impersonal(self.sentence) or super().__str__()
 
 
 class FileMissingError(FileError, FileNotFoundError):

@@ -46,21 +46,30 @@ def terminal_text(value: Any) -> str:
     return visible_text(impersonal(str(value)))
 
 
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^\s/@]+(?=@)|(?<=[?&]token=)[^\s&]+")
-"""Tokens of the hub, and what stands before the host or as a token in an address."""
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^\s/@]+(?=@)")
+"""Tokens of the hub, and what stands before the host in an address."""
+_SECRET_FIELD = re.compile(r"(?i)([?&][\w.-]*(?:token|key|password|secret|signature)[\w.-]*=)[^\s&]+")
+"""A field of an address by whose name its value is nobody else's business."""
 
 
 def impersonal(text: str) -> str:
     """A text with paths under the home as ~/..., and without tokens and passwords: screens are shared."""
-    text, home = _SECRET.sub("***", text), os.path.expanduser("~")
-    if home in ("~", "/", "") or home not in text:
+    text = _SECRET_FIELD.sub(r"\1***", _SECRET.sub("***", text))
+    home = _home()
+    if not home or home not in text:
         return text
-    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?=/)", "~", text)
+    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w.~-])", "~", text)
 
 
 def one_line(value: Any) -> str:
     r"""The same in one line: a tab is written as \t, the end of a line as \n."""
     return terminal_text(value).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def _home() -> str:
+    """The user's home; '' where there is none, or where it is everything."""
+    home = os.path.expanduser("~")
+    return "" if home in ("~", "/") else home
 
 
 def say(text: Any, file: TextIO | None = None, *, err: bool = False) -> None:
@@ -165,8 +174,10 @@ def shell_word(word: Any) -> str:
     With a control character in it the word is written as $'\x1b': a terminal could not show it otherwise.
     """
     word = str(word)
-    home = os.path.expanduser("~")
-    if home not in ("~", "/", "") and word.startswith(f"{home}/"):
+    home = _home()
+    if home and word == home:
+        return "~"
+    if home and word.startswith(f"{home}/"):
         return "~/" + shell_word(word.removeprefix(f"{home}/"))  # a quoted tilde would be a file's name
     if visible_text(word) == word and not set(word) & {"\t", "\n"}:
         return shlex.quote(word)

@@ -30,7 +30,8 @@ def test_paths_under_home_are_shown_with_a_tilde(home, tmp_path):
     for text, expected in (
         (f"{home}/results/r: done", "~/results/r: done"),
         (f"cannot read '{home}/a b' ({home}/c)", "cannot read '~/a b' (~/c)"),
-        (f"{home}", f"{home}"),
+        (f"{home}", "~"),
+        (f"--results-dir {home} --x", "--results-dir ~ --x"),
         (f"/mnt{home}/x", f"/mnt{home}/x"),  # another place
         (f"{home}y/x", f"{home}y/x"),
         ("~/x", "~/x"),
@@ -54,6 +55,11 @@ def test_a_home_that_is_everything_or_nothing_shortens_nothing(monkeypatch, home
         ("https://host/x?a=1&token=abc&b=2", "https://host/x?a=1&token=***&b=2"),
         ("HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz", "HF_TOKEN=***"),
         ("https://host/x@1.0", "https://host/x@1.0"),
+        (
+            "https://host/x?access_token=a1&X-Amz-Signature=b2&n=3",
+            "https://host/x?access_token=***&X-Amz-Signature=***&n=3",
+        ),
+        ("https://host/x?api_key=a1", "https://host/x?api_key=***"),
         ("hf_hub is a name", "hf_hub is a name"),
     ],
 )
@@ -69,6 +75,7 @@ def test_a_shown_command_works_when_it_is_pasted(home):
     assert str(home) not in command
     assert command.startswith("cat ~/'my data/x'")
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout == "read"
+    assert shell_word(str(home)) == "~"
     assert shell_word("~/x") == "'~/x'"  # a file of that name, in the folder where one is
 
 
@@ -89,6 +96,10 @@ def test_a_run_under_home_tells_no_users_name_and_goes_on(home, text, tmp_path):
     run = nl.load(home / "results" / "r")
     again = nl.train(run.requested, max_steps=8, progress=Quiet())
     assert (again.folder, again.record.step) == (run.folder, 8)
+    assert str(home) not in repr(run)
+    with pytest.raises(nl.NewLLMError) as caught:
+        nl.load(home / "nowhere")
+    assert str(caught.value).startswith("~/nowhere: no run here")
     wrong = subprocess.run(
         tiny_command(config.replace(data=str(home / "nowhere"))), check=False, capture_output=True, text=True
     )

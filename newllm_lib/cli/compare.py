@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from newllm_lib.cli.output import echo, echo_exact, echo_json
+from newllm_lib.cli.output import echo, echo_exact, echo_json, echo_written
 from newllm_lib.escaping import csv_text
 
 
@@ -49,7 +49,7 @@ def compare(
     found = comparison.collect(runs, published=published)
     if out is not None:
         write(found, out)
-        echo(f"written to {out}/: comparison.md, comparison.csv, comparison.json, comparison.png", err=True)
+        echo_written(out, "comparison.md, comparison.csv, comparison.json, comparison.png")
     if as_csv:
         echo_exact(csv_text(frame(found)), nl=False)
         echo("\n".join(found.notes), err=True)

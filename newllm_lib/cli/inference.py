@@ -37,9 +37,13 @@ def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_jso
     echo(f"{run}, {text}: {metrics.tokens:,} targets, {metrics.unknown_share:.1%} of them <UNK>")
     known = ("", "", "")
     if metrics.bits_per_byte is None:
-        values = (f"{metrics.perplexity_known:10.3f}", f"{metrics.loss_known:10.4f}", f"{metrics.accuracy_known:10.2%}")
+        values = (
+            _wide(metrics.perplexity_known),
+            f"{metrics.loss_known:10.4f}",
+            f"{metrics.accuracy_known:10.2%}",
+        )
         known = tuple(f"   over known words {value}" for value in values)
-    echo(f"  perplexity   {metrics.perplexity:10.3f}{known[0]}")
+    echo(f"  perplexity   {_wide(metrics.perplexity)}{known[0]}")
     echo(f"  loss         {metrics.loss:10.4f}{known[1]}  (nats a token)")
     echo(f"  accuracy     {metrics.accuracy:10.2%}{known[2]}")
     if metrics.bits_per_byte is not None:
@@ -144,3 +148,8 @@ def _converse(writer, tokenizer, generator, options: dict[str, Any]) -> None:
 def _warn_unknown(tokenizer, prompts: tuple[str, ...]) -> None:
     if any(UNK in tokenizer.encode(prompt) for prompt in prompts):
         echo(f"warning: words of the prompt are not in the vocabulary and are read as {SPECIAL_TOKENS[UNK]}", err=True)
+
+
+def _wide(perplexity: float) -> str:
+    """A perplexity in a column of ten."""
+    return f"{perplexity:10.3f}" if perplexity < 1e6 else f"{perplexity:10.3g}"

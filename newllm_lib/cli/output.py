@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,6 +34,12 @@ def echo_json(value: Any, *, ascii_only: bool = True) -> None:
 def _in_json(character: str) -> str:
     """A character in JSON, written as a number where a terminal would not show it."""
     return character if visible_text(character) == character else f"\\u{ord(character):04x}"
+
+
+def echo_written(folder: Path, names: str) -> None:
+    """Tell which files a command has written: of those named, with commas between, what is there."""
+    there = [name for name in names.split(", ") if "." not in name or (folder / name).is_file()]
+    echo(f"written to {folder}/: {', '.join(there)}", err=True)
 
 
 def echo_exact(text: str, *, nl: bool = True) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from newllm_lib.cli.options import Sectioned, field_options, overrides_of
-from newllm_lib.cli.output import echo, echo_json
+from newllm_lib.cli.output import echo, echo_json, echo_written
 from newllm_lib.cli.training import config_of
 from newllm_lib.errors import ConfigError
 
@@ -116,7 +116,7 @@ def _show(study: Any, as_json: bool, files: str) -> None:
     else:
         echo("\n".join(f"- {sentence}" for sentence in study.findings))
         echo("\n" + study.table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
-    echo(f"written to {study.folder}/: {files}", err=True)
+    echo_written(study.folder, files)
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from newllm_lib.cli.options import Sectioned, field_options, overrides_of
-from newllm_lib.cli.output import echo, echo_json
+from newllm_lib.cli.output import echo, echo_json, echo_written
 from newllm_lib.cli.training import config_of
 from newllm_lib.escaping import shell_command
 
@@ -108,7 +108,7 @@ def lr_find(
         echo_json({name: getattr(found, name) for name in fields})
     else:
         echo("\n".join(_range_test_lines(found, preset)))
-    echo(f"written to {out}/: lr_find.png, lr_find.csv", err=True)
+    echo_written(out, "lr_find.png, lr_find.csv")
 
 
 def _range_test_lines(found: Any, preset: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from newllm_lib.config.configs import NAMED_TEXTS, flat_fields
 from newllm_lib.errors import RunError
-from newllm_lib.escaping import shell_command
+from newllm_lib.escaping import impersonal, shell_command
 
 ELSEWHERE = "elsewhere:"
 """Before the name of a text that lies on the machine that a run came from: `data.corpus` asks where it lies here."""
@@ -51,7 +51,7 @@ def received(record: dict[str, Any]) -> dict[str, Any]:
 def portable_command(command: str) -> str:
     """A recorded command, each path in it shortened to its last part."""
     try:
-        return shell_command(map(_short, shlex.split(command)))
+        return shell_command(map(_short, shlex.split(impersonal(command))))
     except ValueError:  # no command of a shell, such as a note that somebody wrote
         return " ".join(map(_short, command.split(" ")))
 

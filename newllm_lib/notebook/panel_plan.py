@@ -13,14 +13,14 @@ from newllm_lib.notebook.field_widgets import ORANGE, PILL, RED
 from newllm_lib.reporting.formatting import duration
 from newllm_lib.reporting.notebook_page import LINE, MONOSPACE
 from newllm_lib.reporting.record import RunRecord
-from newllm_lib.runs.folder import ResolvedRun, checkpoints_gone, has_saved, resolve_run
+from newllm_lib.runs.folder import ResolvedRun, checkpoints_gone, has_saved, plan_of, resolve_run
 from newllm_lib.runs.mirror import check_mirror_dir
 from newllm_lib.runs.mirror_copy import of_another_run
 from newllm_lib.system.files import file_errors
 from newllm_lib.training.checkpoint import Checkpoints
 from newllm_lib.training.compatibility import difference, needs_new_end
 from newllm_lib.training.estimates import Speed, memory_estimate_bytes
-from newllm_lib.training.plan import plan_lines, unfaithful_reason
+from newllm_lib.training.plan import unfaithful_reason
 from newllm_lib.training.setup import Setup
 from newllm_lib.tuning import estimate_speed
 
@@ -169,9 +169,7 @@ def warnings_of(plan: Plan) -> list[str]:
 
 def lines_of(plan: Plan) -> list[tuple[str, str]]:
     """(what, how much and why), with what is in the folder and the minutes that are left."""
-    record = plan.record
-    warmup = plan.setup.config.train.warmup_steps if record and record.warmup_steps is None else record.warmup_steps
-    lines = dict(plan_lines(plan.setup, str(plan.folder), record.decay_steps, warmup_steps=warmup))
+    lines = dict(plan_of(plan.setup, plan.folder, plan.record))
     lines["run"] = f"{plan.folder}: {state_of(plan)}"
     if plan.speed:
         rate = plan.speed.tokens_per_second

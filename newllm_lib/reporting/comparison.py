@@ -16,7 +16,7 @@ from newllm_lib.config import ModelConfig, TrainConfig, flat_fields
 from newllm_lib.config import published as series
 from newllm_lib.config.places import user_path
 from newllm_lib.errors import ConfigError, FileMissingError, RunError
-from newllm_lib.reporting.formatting import counted, duration
+from newllm_lib.reporting.formatting import counted, duration, ppl_text
 from newllm_lib.reporting.record import HISTORY, HISTORY_COLUMNS, RunRecord, finite, read_history, read_record
 from newllm_lib.system.files import file_errors
 
@@ -26,7 +26,7 @@ PUBLISHED_SHAPES = {"l4_5_layers": {"num_layers": 5}, "l4_advanced": {"context_d
 """Where the model of a published run is not the baseline's."""
 
 
-_TEXT, _COUNT, _RATIO = ("object", str), ("Int64", "{:,}".format), ("float", "{:.2f}".format)
+_TEXT, _COUNT, _RATIO = ("object", str), ("Int64", "{:,}".format), ("float", ppl_text)
 _MILLIONS, _GIB = ("Int64", lambda n: f"{n / 1e6:.3g} M"), ("Int64", lambda n: f"{n / 2**30:.2f} GiB")
 COLUMNS = {  # name: type in pandas, format, and title where it is printed
     "run": (*_TEXT, ""), "published": ("bool", str, ""), "group": (*_TEXT, "group"), "rank": (*_COUNT, ""),

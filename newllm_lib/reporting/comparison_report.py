@@ -61,7 +61,8 @@ def write(comparison: Comparison, folder: Path) -> None:
     draw_or_warn(path, lambda: _write_picture(path, comparison))
     write_text_atomic(folder / "comparison.json", comparison.to_json())
     write_text_atomic(folder / "comparison.csv", csv_text(frame(comparison)))
-    title = f"# Comparison of {counted(len(comparison.entries), 'run')}\n\n![validation perplexity](comparison.png)\n\n"
+    title = f"# Comparison of {counted(len(comparison.entries), 'run')}\n\n"
+    title += "![validation perplexity](comparison.png)\n\n" if path.is_file() else ""
     write_text_atomic(folder / "comparison.md", title + table_text(comparison))
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def draw_or_warn(path: Path, draw: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         warn_on_stderr(f"{path}: no picture: it could not be drawn ({type(error).__name__}: {error})")
+
+
+def without_missing_picture(text: str, folder: Path) -> str:
+    """Markdown without the links to pictures that could not be drawn and so are not in the folder."""
+
+    def link(match: re.Match[str]) -> str:
+        return match[0] if (folder / match[1]).is_file() else ""
+
+    return re.sub(r"!\[[^\]]*\]\(([\w.]+\.png)\)\n*", link, text)
 
 
 def write_curves(folder: Path, record: dict[str, Any], history: list[Row]) -> None:

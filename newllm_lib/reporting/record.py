@@ -79,7 +79,7 @@ class RunRecord(dict):
     decay_steps: int | None
     """Step at which a decaying learning rate ends; None for a constant one."""
     warmup_steps: int | None
-    """Steps of warm-up, as the run began with; None where an earlier version wrote this."""
+    """Steps of warm-up, as the run began; None where an earlier version wrote this."""
     model_step: int | None
     """Step of the weights in model/, where they are not the best ones."""
     data: dict | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,14 @@ def _cell(row: dict[str, Any], name: str, form: str) -> str:
 
 
 def _ppl(row: dict[str, Any]) -> str:
-    """The perplexity of a row; empty where it is infinite, or a row of an imported run does not have it."""
-    return "" if row["val_ppl"] is None else ppl_text(row["val_ppl"])
+    """The perplexity of a best row, which is infinite where JSON has no number for it."""
+    return _cell_ppl(row, "val_ppl") if row["val_ppl"] is not None else "infinite"
+
+
+def _cell_ppl(row: dict[str, Any], name: str) -> str:
+    """A perplexity of a row; empty where a row of an imported run does not have it."""
+    value = row.get(name)
+    return "" if value is None else "infinite" if math.isinf(value) else ppl_text(value)
 
 
 # --- the written report -----------------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ def summary_text(record: dict[str, Any]) -> str:
         else f"(accuracy {best['val_accuracy']:.1%}) at step {best['step']:,}, after {best['train_seconds']:,.0f} s of "
         "training (validation excluded)"
     )
-    ppl = _ppl(best) or "infinite"
+    ppl = _ppl(best)
     text = f"Best validation perplexity **{ppl}** {place}. Status: {markdown_text(record['status'])}."
     if record.get("model_step") is not None:
         text += (
@@ -188,7 +195,7 @@ def result_text(record: dict[str, Any]) -> str:
     rows = [
         (
             "perplexity",
-            (_cell(best, "val_ppl", ".3f") if (best["val_ppl"] or 0) < 1e7 else _ppl(best)) or "infinite",
+            _cell(best, "val_ppl", ".3f") if (best["val_ppl"] or math.inf) < 1e7 else _ppl(best),
             "exp(loss)" if imported else "exp(sum of nll / number of targets)",
         ),
         ("loss", f"{best['val_loss']:.4f}", weighting),
@@ -248,7 +255,7 @@ def _lossless_rows(best: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _known_rows(best: dict[str, Any], unknown: float | None) -> list[tuple[str, str, str]]:
     share = "" if unknown is None else f"{unknown:.1%}"
     return [
-        ("known-word perplexity", _cell(best, "val_ppl_known", ".2f"), "the same over targets that are not `<UNK>`"),
+        ("known-word perplexity", _cell_ppl(best, "val_ppl_known"), "the same over targets that are not `<UNK>`"),
         ("unknown share", share, "targets that are `<UNK>`: the accuracy of always predicting it"),
     ]
 
@@ -305,9 +312,9 @@ def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str
             _cell(row, "val_loss", ".4f"),
             f"**{ppl_text(row['val_ppl'])}**"
             if (row["step"], row["epoch"]) == (best["step"], best["epoch"])
-            else _ppl(row),
+            else _cell_ppl(row, "val_ppl"),
             _cell(row, "val_accuracy", ".2%"),
-            _cell(row, "val_bits_per_byte", ".4f") if lossless else _cell(row, "val_ppl_known", ".2f"),
+            _cell(row, "val_bits_per_byte", ".4f") if lossless else _cell_ppl(row, "val_ppl_known"),
             _cell(row, "lr", ".2e"),
             _cell(row, "train_seconds", ",.1f"),
         )

@@ -17,13 +17,12 @@ from newllm_lib.generation import generate_texts
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting.progress import Progress
-from newllm_lib.runs.folder import resolve_run
+from newllm_lib.runs.folder import plan_of, resolve_run
 from newllm_lib.runs.launch import default_progress, launch
 from newllm_lib.runs.run import Loaded, Run, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors
-from newllm_lib.training.plan import plan_lines
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.trainer import Trainer
 from newllm_lib.tuning import estimate_speed
@@ -38,7 +37,7 @@ def plan(
     A batch that a policy has yet to find is sought; `report` is told of each try (None = standard error).
     """
     run = resolve_run(resolve(config, **overrides), log=report or (lambda text: say(text, err=True)))
-    return run.setup, plan_lines(run.setup, str(run.place.folder), speed=estimate_speed(run.setup))
+    return run.setup, plan_of(run.setup, run.place.folder, run.earlier, estimate_speed(run.setup))
 
 
 @file_errors()

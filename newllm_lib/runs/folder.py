@@ -15,7 +15,8 @@ from newllm_lib.errors import CheckpointError, NewLLMError
 from newllm_lib.reporting.record import CHECKPOINTS, MODEL, RECORD, WEIGHTS, RunRecord, read_record
 from newllm_lib.runs.mirror import Mirror
 from newllm_lib.training.checkpoint import Checkpoints, check_payload
-from newllm_lib.training.estimates import memory_estimate_bytes
+from newllm_lib.training.estimates import Speed, memory_estimate_bytes
+from newllm_lib.training.plan import plan_lines
 from newllm_lib.training.setup import Setup, make_setup
 from newllm_lib.tuning import SharedExecution, free_memory_bytes, settle_batch, settle_execution
 
@@ -126,6 +127,14 @@ def _may_need_pieces(setup: Setup) -> bool:
     """Whether a plan should cut the batch: not before a policy has found it, and only near the limit of the memory."""
     free = free_memory_bytes(setup.machine) or setup.machine.memory_bytes
     return setup.config.train.batch_policy == "recipe" and memory_estimate_bytes(setup) >= free / 2
+
+
+def plan_of(setup: Setup, folder: Path, earlier: RunRecord, speed: Speed | None = None) -> list[tuple[str, str]]:
+    """The lines of a plan, with what an earlier part of the run has settled."""
+    warmup = earlier.warmup_steps
+    if earlier and warmup is None:  # an earlier version began it
+        warmup = setup.config.train.warmup_steps
+    return plan_lines(setup, str(folder), earlier.decay_steps, speed, warmup)
 
 
 def run_folder(setup: Setup) -> Path:

@@ -11,7 +11,7 @@ from newllm_lib.config.places import user_path
 from newllm_lib.config.portable import received_config
 from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError, FileMissingError, NoModelError, RunError
-from newllm_lib.escaping import one_line
+from newllm_lib.escaping import impersonal, one_line
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import (
     load_exported,
@@ -50,7 +50,7 @@ class Run:
 
     def __repr__(self) -> str:
         best = f", PPL {ppl_text(self.best['val_ppl'])}" if self.best and self.best["val_ppl"] else ""
-        return f"Run({str(self.folder)!r}, {one_line(self.record.status)}{best})"
+        return f"Run({impersonal(str(self.folder))!r}, {one_line(self.record.status)}{best})"
 
     @property
     def config(self) -> RunConfig:

@@ -107,12 +107,14 @@ def _rate_line(setup: Setup, decay_steps: int | None, warmup_steps: int | None) 
     if train.optimizer == "muon":
         text += f"; Muon {train.muon_lr:g} on the hidden matrices"
     course = f"; {train.lr_schedule}"
-    end = decay_steps or train.decay_steps or setup.total_steps
+    end = train.decay_steps or decay_steps or setup.total_steps
     if train.lr_schedule == "cosine":
         course += f" to {train.lr_final_fraction:g} at step {end:,}"
-    warmup = warmup_of(train, end) if warmup_steps is None else warmup_steps
+    usual = warmup_of(train, end)
+    warmup = usual if warmup_steps is None else warmup_steps
     if train.warmup_steps:
         course += f", warm-up {counted(warmup, 'step')}"
     if warmup < train.warmup_steps:
-        course += f" (a tenth of the decay, less than the {train.warmup_steps} of warmup_steps)"
+        why = "a tenth of the decay, less than" if warmup == usual else "as the run began, not"
+        course += f" ({why} the {train.warmup_steps} of warmup_steps)"
     return text + course

@@ -77,6 +77,8 @@ def restore_payload(
             training_step.scaler.load_state_dict(payload["scaler"])
         restore_generators(payload["generators"])
     state.decay_steps = _decay_end(state.decay_steps, setup, path)
+    if state.warmup_steps is None:  # an earlier version began it
+        state.warmup_steps = setup.config.train.warmup_steps
     return state, context
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from newllm_lib.reporting.formatting import counted
+
 _NAMES = 4
 """Parameters that a diagnosis names; of more it gives the number."""
 
@@ -30,7 +32,8 @@ def diagnosis(recent: Sequence[int], limit: int, loss_scale: float, parameters: 
             f"a step was skipped at a loss scale of {loss_scale:g}, below 1: no loss scale makes its gradients finite"
         )
     elif in_a_row >= limit:
-        what = f"{in_a_row} steps in a row were skipped because of gradients that are not finite"
+        were = "was" if in_a_row == 1 else "were"
+        what = f"{counted(in_a_row, 'step')} in a row {were} skipped because of gradients that are not finite"
     elif sum(recent) > limit:
         what = f"{sum(recent)} of the last {len(recent)} steps were skipped because of gradients that are not finite"
     else:

@@ -37,7 +37,7 @@ class TrainState:
     decay_steps: int = 0
     """Step at which a decaying learning rate reaches its end, fixed when the run starts."""
     warmup_steps: int | None = None
-    """Steps of warm-up, fixed when the run starts; None = those of the configuration, as earlier versions had it."""
+    """Steps of warm-up, fixed when the run starts; None where an earlier version began it, which had all of them."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod

@@ -67,7 +67,7 @@ def probe_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{found['memory_bytes'] / 2**30:.1f} GiB" + (f", {free / 2**30:.1f} free" if free else "")),
         ("precision", f"{found['precision']}: {found['precision_reason']}"),
         ("engine", f"{found['engine']}: {found['engine_reason']}"),
-        ("batch", f"{found['batch_size']} sequences where the preset leaves it open"),
+        ("batch", f"{counted(found['batch_size'], 'sequence')} where the preset leaves it open"),
         ("products", f"{rates} (batch {found['batch_size']}, width {WIDTH})"),
         ("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
     ]

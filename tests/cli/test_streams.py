@@ -99,6 +99,7 @@ def test_a_run_is_finished_whatever_becomes_of_its_output(config, line, status):
         assert done.stderr.splitlines()[-1] == "Error: cannot write to standard output: No space left on device"
 
 
+@pytest.mark.slow
 def test_messages_never_go_into_json(config):
     for line in ('"$@" --json', '"$@" --json 2>&-', '"$@" --json --plan 2>&-'):
         done = shell(tiny_command(config, steps=6), line)
@@ -141,6 +142,7 @@ def test_a_hangup_saves_as_a_termination_does(config, number):
     assert f"r_step_{record.step}.pt" in os.listdir(os.path.join(config.results_dir, "r", "checkpoints"))
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_ignored(config):
     """As under nohup: the terminal goes, the training stays."""
     process, ours = start_in_terminal(config, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))

@@ -211,6 +211,7 @@ def test_an_interrupt_before_training_is_one_line(config, moment, monkeypatch):
     assert (result.exit_code, json.loads(result.stdout)["status"]) == (0, "finished")
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_a_real_process_while_it_loads(config, tmp_path):
     process = subprocess.Popen(tiny_command(config), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     place, end = tmp_path / "results" / ".r.lock", time.monotonic() + 100

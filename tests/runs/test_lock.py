@@ -83,6 +83,7 @@ def test_a_second_process_is_refused_in_one_sentence(training, config, place):
     assert place.read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(training, config, place):
     training.send_signal(signal.SIGKILL)
     training.wait(60)

@@ -185,6 +185,10 @@ def test_a_run_that_is_extended_keeps_the_warm_up_of_its_first_step(text, tmp_pa
         for steps in parts:
             run = nl.train(config, max_steps=steps, decay_steps=60, progress=Quiet())
         assert (run.record.warmup_steps, run.record.step) == (2, 60)
+        expected = "; cosine to 0 at step 60, warm-up 2 steps (as the run began, not the 30 of warmup_steps)"
+        assert dict(run.record.plan)["rate"].endswith(expected)
+        lines = dict(nl.plan(config, max_steps=60, decay_steps=60)[1])
+        assert lines["rate"].endswith(expected)
         later = run.history[run.history["step"] > 20]
         assert list(later["lr"]) == pytest.approx([3e-3 * _cosine(step - 1, 2, 60) for step in later["step"]])
         results.append(run.model.state_dict())
@@ -199,7 +203,8 @@ def test_a_run_of_an_earlier_version_keeps_its_full_warm_up(text, tmp_path):
         assert payload.pop("warmup_steps") == 2 and "warmup_steps" not in payload["state"]  # which earlier ones refuse
         save_checkpoint(path, payload, payload["state"]["step"])
     again = nl.train(config, max_steps=40, decay_steps=60, progress=Quiet())
-    assert again.record.warmup_steps is None
+    assert again.record.warmup_steps == 30
+    assert dict(again.record.plan)["rate"].endswith("cosine to 0 at step 60, warm-up 30 steps")
     later = again.history[again.history["step"] > 20]
     assert list(later["lr"]) == pytest.approx([3e-3 * _cosine(step - 1, 30, 60) for step in later["step"]])
 

@@ -31,9 +31,19 @@ GROWTH = {
 def table_text(result: dict[str, Any]) -> str:
     """Markdown: a table of every row, each beside the published loop at the same size where that was run."""
     environment = result["environment"]
-    lines = [
+    head = (
         f"{markdown_text(environment['device_name'])}, {counted(environment['threads'], 'thread')}, torch "
-        f"{markdown_text(environment['versions']['torch'])}. "
+        f"{markdown_text(environment['versions']['torch'])}.\n"
+    )
+    parts = [head, _rows_text(result["rows"]) if result["rows"] else ""]
+    parts += [choice_text(result["execution"]) if result.get("execution") else ""]
+    parts += [inference_text(result["inference"]) if "inference" in result else ""]
+    return "\n".join(part for part in parts if part)
+
+
+def _rows_text(rows: list[dict[str, Any]]) -> str:
+    """The table of steps."""
+    lines = [
         "Medians of steps taken in turn; slots count padding, tokens do not; the share is the work on real tokens over "
         "the measured rate of matrix products of the same shapes and format.",
         "",
@@ -41,8 +51,8 @@ def table_text(result: dict[str, Any]) -> str:
         "| x published | share of product rate | memory above the model |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        base = published_seconds(row, result["rows"])
+    for row in rows:
+        base = published_seconds(row, rows)
         cells = [
             SERIES[row["subject"]][0],
             row["precision"],
@@ -59,9 +69,7 @@ def table_text(result: dict[str, Any]) -> str:
             f"{row['memory_bytes'] / 2**30:.2f} GiB" if row.get("memory_bytes") else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n"
-    text += ("\n" + choice_text(result["execution"])) if result.get("execution") else ""
-    return text + ("\n" + inference_text(result["inference"]) if "inference" in result else "")
+    return "\n".join(lines) + "\n"
 
 
 def published_seconds(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:

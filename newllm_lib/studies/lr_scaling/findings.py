@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from newllm_lib.escaping import markdown_list, markdown_text
-from newllm_lib.reporting.formatting import counted
+from newllm_lib.reporting.curves import without_missing_picture
+from newllm_lib.reporting.formatting import counted, ppl_text
 
 _WORDS = {"none": "no scaling", "linear": "the linear rule", "sqrt": "the square-root rule"}
 
@@ -160,14 +162,14 @@ def _plateaus(record: dict[str, Any]) -> str:
     return text + "."
 
 
-def text(record: dict[str, Any]) -> str:
-    """lr_scaling.md: findings, every cell, what was changed."""
+def text(record: dict[str, Any], folder: Path | None = None) -> str:
+    """lr_scaling.md: findings, every cell, what was changed; folder: where its picture is, if it could be drawn."""
     titles = ("initialisation", "batch", "rule", "lr", "seed", "steps", "best PPL", "final PPL", "accuracy", "plateau")
     lines = ["| " + " | ".join(titles) + " | run |", "|" + "---|" * (len(titles) + 1)]
     for cell in record["cells"]:
         accuracy = "" if cell["accuracy"] is None else f"{cell['accuracy']:.1%}"
         values = (cell["initialisation"], cell["batch"], cell["rule"], f"{cell['lr']:.3g}", cell["seed"], cell["steps"])
-        figures = ("" if cell[name] is None else f"{cell[name]:.2f}" for name in ("best_ppl", "final_ppl"))
+        figures = ("" if cell[name] is None else ppl_text(cell[name]) for name in ("best_ppl", "final_ppl"))
         row = [*map(markdown_text, values), *figures, accuracy, *map(markdown_text, (cell["plateau"], cell["run"]))]
         lines.append("| " + " | ".join(row) + " |")
     train, environment = record["config"]["train"], record["environment"]
@@ -175,7 +177,7 @@ def text(record: dict[str, Any]) -> str:
         f"{name}: " + ", ".join(f"{key} {value}" for key, value in fields.items())
         for name, fields in record["initialisations"].items()
     ]
-    return "\n".join(
+    report = "\n".join(
         [
             "# Learning-rate rules, batches, initialisations",
             "",
@@ -206,3 +208,4 @@ def text(record: dict[str, Any]) -> str:
             "",
         ]
     )
+    return without_missing_picture(report, folder) if folder else report

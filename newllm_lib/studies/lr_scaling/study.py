@@ -128,7 +128,7 @@ class LrScalingStudy:
         for name, frame in (("lr_scaling", self.table), ("histories", self.histories)):
             write_text_atomic(folder / f"{name}.csv", csv_text(frame, index=False))
         write_plot(folder / "lr_scaling.png", self.record, self.histories)
-        write_text_atomic(folder / "lr_scaling.md", lr_scaling_findings.text(self.record))
+        write_text_atomic(folder / "lr_scaling.md", lr_scaling_findings.text(self.record, folder))
         write_text_atomic(folder / "study.json", json.dumps(self.record, indent=2, allow_nan=False) + "\n")
         return folder
 

@@ -21,6 +21,7 @@ from newllm_lib.config.presets import resolve
 from newllm_lib.errors import ConfigError
 from newllm_lib.escaping import csv_text, markdown_list, say, text_table
 from newllm_lib.model.newllm import NewLLM
+from newllm_lib.reporting.curves import without_missing_picture
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.reporting.record import finite, read_table
 from newllm_lib.studies.precision import findings as precision_findings
@@ -85,7 +86,8 @@ class PrecisionStudy:
         for name in ("steps", "validations"):
             write_text_atomic(folder / f"{name}.csv", csv_text(getattr(self, name), index=False))
         write_plot(folder / "precisions.png", self.record, self.steps, self.validations)
-        write_text_atomic(folder / "precisions.md", precision_findings.text(self.record))
+        text = without_missing_picture(precision_findings.text(self.record), folder)
+        write_text_atomic(folder / "precisions.md", text)
         record = json.dumps(self.record, indent=2, allow_nan=False) + "\n"
         write_text_atomic(folder / "study.json", record)  # last: now it is whole
         return folder
