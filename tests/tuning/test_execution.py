@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_config
+from tiny import Quiet, tiny_config
 
 import newllm_lib as nl
 from newllm_lib.config import ModelConfig
@@ -189,14 +189,6 @@ def test_the_ways_that_are_open():
 
 
 # --- what a run takes, keeps and says -----------------------------------------------------------------------------
-
-
-class Quiet(Progress):
-    def __init__(self):
-        self.messages = []
-
-    def message(self, text):
-        self.messages.append(text)
 
 
 def decided_by(setup):
