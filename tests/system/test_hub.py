@@ -48,6 +48,7 @@ print(json.dumps({name: attempt(call) for name, call in calls.items()}))
 """
 
 
+@pytest.mark.slow  # the hub's library tries again for a while
 def test_neither_a_named_corpus_nor_a_users_model_asks_for_a_secret(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}  # where nobody answers
