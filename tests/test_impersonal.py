@@ -79,6 +79,7 @@ def test_a_shown_command_works_when_it_is_pasted(home):
     assert shell_word("~/x") == "'~/x'"  # a file of that name, in the folder where one is
 
 
+@pytest.mark.slow
 def test_a_run_under_home_tells_no_users_name_and_goes_on(home, text, tmp_path):
     import shutil
 

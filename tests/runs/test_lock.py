@@ -65,6 +65,7 @@ def training(config, place):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_in_one_sentence(training, config, place):
     record = (place.parent / "r" / "run.json").read_text()
     started = json.loads(place.read_text())["started"]

@@ -364,6 +364,7 @@ def test_a_gpu_is_judged_by_its_capability(config, answer):
 # --- studies ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_study_share_one_way(config, answer):
     asked = answer(Way("bf16", False, 2))
     arguments = {"batch_sizes": (4, 8), "rules": ("none",), "initialisations": ("published",), "name": "grid"}
@@ -381,6 +382,7 @@ def test_the_runs_of_a_study_share_one_way(config, answer):
     assert (added["decided"]["precision"], added["decided"]["threads"], len(asked)) == ("bf16", 2, 1)
 
 
+@pytest.mark.slow
 def test_a_study_of_an_earlier_version_goes_on_by_the_old_rules(config, answer):
     asked = answer(Way("fp32", False, 2))
     arguments = {"rules": ("none",), "initialisations": ("published",), "name": "grid"}
@@ -393,6 +395,7 @@ def test_a_study_of_an_earlier_version_goes_on_by_the_old_rules(config, answer):
     assert (added["decided"]["precision"], added["decided"]["threads"], len(asked)) == ("bf16", 4, 1)
 
 
+@pytest.mark.slow
 def test_the_formats_of_a_comparison_share_threads_and_layout(config, answer):
     answer(Way("fp32", False, 2))
     study = nl.compare_precisions(config, ("fp32", "bf16"), control_seed=False, progress=Progress(), report=str)
