@@ -14,6 +14,7 @@ import pytest
 import newllm_lib as nl
 from newllm_lib.errors import TrainingError
 from newllm_lib.reporting.progress import Progress
+from newllm_lib.system.hardware import detect, native_formats
 
 ATTEMPTS = 26  # two epochs of a100_fp16, each with its short last batch
 CASES = [("a100_fp16", 2048), ("a100_fp16", 4096), ("auto", 2048), ("auto", 4096)]
@@ -48,7 +49,9 @@ def attempts(preset: str, batch: int, width: int, data: Path, results: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "batch"), CASES)
 def test_fp16_skips_few_steps_of_a_large_batch(preset, batch, wikitext, tmp_path, no_pictures):
-    skipped, scales, end = attempts(preset, batch, 128, wikitext, tmp_path)
+    # emulated, a step at width 128 takes half a minute; the sums that overflow are over the targets, at any width
+    width = 128 if "fp16" in native_formats(detect("cpu")) else 32
+    skipped, scales, end = attempts(preset, batch, width, wikitext, tmp_path)
     assert (len(skipped), end) == (ATTEMPTS, "interrupted")
     assert sum(skipped) <= 4
     assert not any(skipped[13:])
