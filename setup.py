@@ -1,12 +1,15 @@
 """Metadata and requirements: lower bounds that a Colab runtime already satisfies, so that nothing is replaced."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("newllm_lib/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
 setup(
     name="newllm_lib",
-    version="0.1.0",
+    version=VERSION,
     description="Train, study and share New-LLM, a language model with a fixed-size context instead of attention",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -61,7 +61,7 @@ def imports(source, names):
             continue
         for dotted in whole:
             name = dotted.removeprefix("newllm_lib.")
-            if dotted.startswith("newllm_lib."):
+            if dotted.startswith("newllm_lib.") and name != "__version__":  # which belongs to no wing
                 found.add(name if name in names else name.rpartition(".")[0] or name)
     return found
 

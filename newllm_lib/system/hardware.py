@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from newllm_lib import __version__
 from newllm_lib.errors import ConfigError
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -180,11 +181,12 @@ def _ram_bytes() -> int:
 def environment(machine: Machine | None) -> dict[str, Any]:
     """What a reader needs to repeat a run: versions, commit, device, memory; None = the run is of another machine."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "datasets", "newllm_lib"):
+    for package in ("torch", "numpy", "datasets"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    versions["newllm_lib"] = __version__
     return {
         "versions": versions,
         "git_commit": _git_commit(),
