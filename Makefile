@@ -2,15 +2,19 @@
 # make test: install what the tests need, run the suite but for what the next three do.
 # make test-slow: what of the suite takes longer than make test has time for.
 # make test-notebooks: every notebook without a browser, twice in a row, here and with Colab's versions; the set-up cell.
+# make notebooks: into dist/, the notebooks with the library inside: each needs no other file.
 # make test-browser: the notebooks in JupyterLab and in classic Notebook (Colab's versions), in a headless Chromium.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-slow test-notebooks test-browser lint clean
+.PHONY: demo notebooks test test-slow test-notebooks test-browser lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/newllm train quickstart --data builtin --batch-size 32 --max-steps 120 --validate-every-steps 20 --name demo
 	$(VENV)/bin/newllm generate results/demo --prompt "the value of" --seed 1 --samples 2
+
+notebooks: $(VENV)/.installed-dev
+	$(VENV)/bin/python notebooks/tidy.py --standalone dist
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -n 2
@@ -21,7 +25,7 @@ test-slow: $(VENV)/.installed-dev
 test-notebooks: export NEWLLM_JUPYTER = $(abspath $(VENV))/bin/jupyter
 test-notebooks: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter
 test-notebooks: $(VENV)/.installed-dev $(VENV)-colab/.installed
-	$(VENV)/bin/python -m pytest -n 2 tests/test_notebooks.py tests/test_setup_cell.py tests/browser/test_headless.py
+	$(VENV)/bin/python -m pytest -n 2 tests/test_notebooks.py tests/test_setup_cell.py tests/test_standalone.py tests/browser/test_headless.py
 
 test-browser: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter
 test-browser: export NEWLLM_JUPYTER_LAB = $(abspath $(VENV)-jupyterlab)/bin/jupyter

@@ -1,7 +1,6 @@
-# @title Set-up: from the checkout, an address, or a wheel; nothing that is installed is replaced
+# @title Set-up: find New-LLM's library and check that this machine can run it
 SOURCE = ""  # @param {type:"string"}
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -11,10 +10,64 @@ import sys
 import tempfile
 from pathlib import Path
 
+NEEDS = [
+    "torch>=2.10", "numpy>=2.0", "datasets>=4.0", "pandas>=2.2", "matplotlib>=3.10", "tqdm>=4.67",
+    "safetensors>=0.5", "huggingface_hub>=1.0", "click>=8.1", "sentencepiece>=0.2", "ipywidgets>=7.7",
+    "gdown>=5.2", "filelock>=3.32",
+]  # fmt: skip
+red = "\x1b[31m{}\x1b[0m".format
+
+
+def stop(message):  # the message alone, in red, here and in every cell below that needs the library
+    class Missing:
+        def __getattr__(self, name):
+            later = ModuleNotFoundError(
+                "newllm_lib is not here: run the set-up cell at the top of this notebook first."
+            )
+            later._render_traceback_ = lambda: [red(later)]
+            raise later
+
+    globals()["nl"] = Missing()
+    problem = ModuleNotFoundError(message)
+    problem._render_traceback_ = lambda: [red(problem)]
+    raise problem
+
+
+def unfit(needs, absent_too):  # what is too old here, or absent, in words
+    from packaging.requirements import Requirement
+
+    found = []
+    for need in map(Requirement, needs):
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            found += [f"{need} (it is not here)"] * absent_too
+            continue
+        if not need.specifier.contains(version, prereleases=True):
+            found.append(f"{need} ({version} is here)")
+    return found
+
+
+def check(absent_too=False):
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        stop(f"newllm_lib needs Python 3.11 to 3.13; this is Python {sys.version.split()[0]}.")
+    found = unfit(NEEDS, absent_too)
+    if found:
+        on_colab = (
+            "choose the latest runtime version in Runtime > Change runtime type (not a TPU), then run all cells again"
+        )
+        install = "install " + " ".join(f"'{text.partition(' (')[0]}'" for text in found) + " with pip, then restart"
+        remedy = on_colab if "google.colab" in sys.modules else install
+        stop(f"newllm_lib cannot run in this runtime, because it needs {', '.join(found)}: {remedy}.")
+
+
+# <- where the library comes from
+check()
 SOURCE = SOURCE or os.environ.get("NEWLLM_SOURCE", "")
 here, drive = Path.cwd(), Path("/content/drive/MyDrive")
 checkout = [at for at in (here, *here.parents, here / "newllm_lib") if (at / "newllm_lib" / "__init__.py").is_file()]
 newest_last = [sorted(at.glob("newllm_lib-*.whl"), key=os.path.getmtime) for at in (here, drive, drive / "newllm")]
+newest_last.append(sorted(Path("/kaggle/input").rglob("newllm_lib-*.whl"), key=os.path.getmtime))
 wheels = [wheel for found in newest_last for wheel in found[-1:]]
 source, failure = SOURCE or next(map(str, wheels), ""), ""
 if checkout:
@@ -22,7 +75,8 @@ if checkout:
 elif importlib.util.find_spec("newllm_lib"):
     if SOURCE:
         print(
-            "SOURCE not used, newllm_lib is here already; to take it anew: %pip uninstall -y newllm_lib, restart, run all"
+            "SOURCE is not used, because newllm_lib is installed already. To install it again: "
+            "%pip uninstall -y newllm_lib, restart, run all cells."
         )
 elif source:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as installed:  # pip may add to what is here, not change it
@@ -37,23 +91,20 @@ elif source:
     failure = f"pip could not install {source}:\n{said}\n\n" if done.returncode else ""
     importlib.invalidate_caches()
 if not importlib.util.find_spec("newllm_lib"):
-    problem = ModuleNotFoundError(
-        f"{failure}newllm_lib is not here. One of these brings it:\n"
+    stop(
+        f"{failure}newllm_lib is not here. Do one of these, then run all cells again:\n"
+        "  - take the standalone notebook (`make notebooks` builds it), which carries the library\n"
         "  - put an address into SOURCE above (git+https://..., a wheel's URL or path), or set NEWLLM_SOURCE\n"
         "  - put a wheel newllm_lib-*.whl beside this notebook, or into MyDrive/newllm of a Drive that is mounted\n"
-        "  - open the notebook from a clone of the project\n"
-        "Then run all cells again."
+        "  - open the notebook from a clone of the project"
     )
-    problem._render_traceback_ = lambda: [f"\x1b[31m{problem}\x1b[0m"]  # the message alone, in red
-    raise problem
+# ->
 
 import torch
 
 import newllm_lib as nl
 
-version, home = "unreleased", Path(nl.__file__).parent
-with contextlib.suppress(Exception):  # no reason to stop
-    version = importlib.metadata.version("newllm_lib") or version
-with contextlib.suppress(Exception):  # a checkout speaks for itself, whatever else is installed
-    version = re.search(r'version="(.+?)"', (home.parent / "setup.py").read_text("utf-8"))[1]
-print(f"newllm_lib {version} from {home}\ntorch {torch.__version__}, Python {sys.version.split()[0]}")
+version = getattr(nl, "__version__", "unreleased")
+print(
+    f"newllm_lib {version} from {Path(nl.__file__).parent}\ntorch {torch.__version__}, Python {sys.version.split()[0]}"
+)

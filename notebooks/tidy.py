@@ -1,11 +1,18 @@
-"""Gives every notebook beside it the one set-up cell of setup_cell.py, tags the cell with the settings, which is the
-first one after it, and strips outputs and widget state.
+"""Gives every notebook beside it the one set-up cell of setup_cell.py, folded, tags the cell with the settings, which is
+the first one after it, and strips outputs and widget state.
 
 `python notebooks/tidy.py` writes what has to change and names it; with `--check` it changes nothing, and its exit
-status is the number of notebooks that are not tidy.
+status is the number of notebooks that are not tidy. `--standalone FOLDER` writes copies there whose set-up cell carries
+the library and needs no other file: the same sources give the same bytes.
 """
 
+import argparse
+import base64
+import hashlib
+import io
+import re
 import sys
+import tarfile
 from pathlib import Path
 
 import nbformat
@@ -15,6 +22,9 @@ FOLDER = Path(__file__).resolve().parent
 MARK = "# @title Set-up"
 PARAMETERS = "parameters"
 """The tag of the cell with the settings, which papermill replaces."""
+SOURCE_FIELD = 'SOURCE = ""  # @param {type:"string"}\n'
+MAX_BYTES = 500_000
+"""Of a standalone notebook's archive as text: larger ones are slow to open in a browser."""
 
 
 def tidy(text: str, setup_cell: str) -> str:
@@ -24,6 +34,7 @@ def tidy(text: str, setup_cell: str) -> str:
     if len(setups) != 1:
         raise ValueError(f"has {len(setups)} cells that begin with {MARK!r}: must be one")
     setups[0].source = setup_cell.rstrip("\n")
+    setups[0].metadata.update({"cellView": "form", "jupyter": {"source_hidden": True}})  # Colab; JupyterLab and others
     settings = [cell for cell in notebook.cells if cell.cell_type == "code" and cell is not setups[0]][:1]
     for cell in notebook.cells:
         tags = [tag for tag in cell.metadata.pop("tags", []) if tag != PARAMETERS]
@@ -37,20 +48,69 @@ def tidy(text: str, setup_cell: str) -> str:
     return nbformat.writes(stripped) + "\n"
 
 
-def main() -> int:
-    """Tidy every notebook; the number of those that were not tidy, with --check, else 0."""
-    check, untidy = "--check" in sys.argv[1:], 0
-    setup_cell = (FOLDER / "setup_cell.py").read_text(encoding="utf-8")
+def archive(project: Path) -> bytes:
+    """The library's Python files as a tar in xz, without times, owners or anything else of this machine."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz", format=tarfile.USTAR_FORMAT, preset=9) as tar:
+        for path in sorted((project / "newllm_lib").rglob("*.py")):
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(path.relative_to(project).as_posix())
+            entry.size, entry.mode = len(content), 0o644
+            tar.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def standalone_cell(project: Path) -> str:
+    """A set-up cell that carries the library; ValueError where that is more text than a notebook should hold."""
+    packed = archive(project)
+    encoded = base64.b85encode(packed).decode("ascii")
+    if len(encoded) > MAX_BYTES:
+        raise ValueError(f"the library takes {len(encoded):,} characters: must be at most {MAX_BYTES:,}")
+    lines = "\n".join(encoded[at : at + 120] for at in range(0, len(encoded), 120))
+    carried = (project / "notebooks" / "carried_cell.py").read_text("utf-8")
+    carried = carried.replace('ARCHIVE = """\n', f'ARCHIVE = """\n{lines}\n', 1)
+    carried = carried.replace('SHA256 = ""', f'SHA256 = "{hashlib.sha256(packed).hexdigest()}"', 1)
+    text = (project / "notebooks" / "setup_cell.py").read_text("utf-8").replace(SOURCE_FIELD, "", 1)
+    return re.sub(r"# <- where .*?# ->\n", lambda _: carried, text, count=1, flags=re.DOTALL)
+
+
+def write_standalone(out: Path) -> None:
+    """Copies of all notebooks that carry the library."""
+    cell = standalone_cell(FOLDER.parent)
+    out.mkdir(parents=True, exist_ok=True)
     for path in sorted(FOLDER.glob("*.ipynb")):
-        text = path.read_text(encoding="utf-8")
-        wanted = tidy(text, setup_cell)
+        (out / path.name).write_text(tidy(path.read_text("utf-8"), cell), "utf-8")
+        print(out / path.name)
+
+
+def tidy_all(check: bool) -> int:
+    """Tidy every notebook, or only name those that are not; how many were not."""
+    cell, untidy = (FOLDER / "setup_cell.py").read_text("utf-8"), 0
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        text = path.read_text("utf-8")
+        wanted = tidy(text, cell)
         if text == wanted:
             continue
         untidy += 1
         print(f"{path.name}: {'is not tidy' if check else 'tidied'}")
         if not check:
-            path.write_text(wanted, encoding="utf-8")
-    return untidy if check else 0
+            path.write_text(wanted, "utf-8")
+    return untidy
+
+
+def main() -> int:
+    """What the command line asks for; with --check, the number of notebooks that are not tidy, else 0."""
+    parser = argparse.ArgumentParser(description="Keep the notebooks tidy, or build ones that carry the library.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with the number of untidy notebooks")
+    parser.add_argument(
+        "--standalone", type=Path, metavar="FOLDER", help="write notebooks there that need no other file"
+    )
+    options = parser.parse_args()
+    if options.standalone:
+        write_standalone(options.standalone)
+        return 0
+    untidy = tidy_all(options.check)
+    return untidy if options.check else 0
 
 
 if __name__ == "__main__":
