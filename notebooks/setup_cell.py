@@ -1,6 +1,7 @@
 # @title Set-up: find New-LLM's library and check that this machine can run it
 SOURCE = ""  # @param {type:"string"}
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -62,6 +63,39 @@ def check(absent_too=False):
 
 
 # <- where the library comes from
+STAMP = ""
+PROJECT = (
+    r"https://github\.com/(?P<owner>\w[\w-]*)/(?P<repository>\w[\w.-]*)/blob/(?!\S*\.\.)(?P<reference>\w[\w./-]*)/notebooks/"
+    r"(00_quickstart|01_train_wikitext2|02_continue_training|03_larger_model|04_fp16_vs_fp32|05_learning_rate_scaling"
+    r"|06_compare_runs)\.ipynb"
+)
+
+
+def opened_from(seconds=5):  # the project on GitHub from which Colab opened this notebook, for pip; "" where unknown
+    import json
+    import threading
+    from urllib.parse import unquote
+    from urllib.request import ProxyHandler, build_opener
+
+    paths = []
+
+    def ask():
+        with contextlib.suppress(Exception):  # there are other ways to get the library
+            from ipykernel import get_connection_file
+
+            kernel = Path(get_connection_file()).stem.removeprefix("kernel-")
+            sessions = "http://{COLAB_JUPYTER_IP}:{KMP_TARGET_PORT}/api/sessions".format_map(os.environ)
+            with build_opener(ProxyHandler({})).open(sessions, timeout=seconds) as answer:
+                entries = json.loads(answer.read(1 << 20))
+            paths.extend(unquote(at["path"]).removeprefix("fileId=") for at in entries if at["kernel"]["id"] == kernel)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    found = re.fullmatch(PROJECT, paths[0], re.ASCII) if paths else None
+    return "git+https://github.com/{owner}/{repository}@{reference}".format_map(found.groupdict()) if found else ""
+
+
 check()
 SOURCE = SOURCE or os.environ.get("NEWLLM_SOURCE", "")
 here, drive = Path.cwd(), Path("/content/drive/MyDrive")
@@ -69,7 +103,11 @@ checkout = [at for at in (here, *here.parents, here / "newllm_lib") if (at / "ne
 newest_last = [sorted(at.glob("newllm_lib-*.whl"), key=os.path.getmtime) for at in (here, drive, drive / "newllm")]
 newest_last.append(sorted(Path("/kaggle/input").rglob("newllm_lib-*.whl"), key=os.path.getmtime))
 wheels = [wheel for found in newest_last for wheel in found[-1:]]
-source, failure = SOURCE or next(map(str, wheels), ""), ""
+source, failure = SOURCE or next(map(str, wheels), STAMP), ""
+if not (source or checkout or importlib.util.find_spec("newllm_lib")):
+    source = opened_from()
+    if source:
+        print(f"installing from {source}, where this notebook was opened")
 if checkout:
     sys.path.insert(0, str(checkout[0]))
 elif importlib.util.find_spec("newllm_lib"):
@@ -85,8 +123,12 @@ elif source:
             "\n".join(line for line in found if re.fullmatch(r"[\w.-]+==\d[\d.]*((a|b|rc|\.\w|\+)[\w.]+)?", line))
         )
         installed.flush()
-        pip = [sys.executable, "-m", "pip", "install", "--progress-bar=off", "--constraint", installed.name, source]
-        done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        pip = [sys.executable, "-m", "pip", "install", "--no-input", "--progress-bar=off"]
+        pip += ["--constraint", installed.name, source]
+        unasked = os.environ | {"GIT_TERMINAL_PROMPT": "0"}  # no question, which nobody would see
+        done = subprocess.run(
+            pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=unasked, check=False
+        )
     said = "\n".join(f"  {line}" for line in done.stdout.splitlines() if line.strip())[-1500:]
     failure = f"pip could not install {source}:\n{said}\n\n" if done.returncode else ""
     importlib.invalidate_caches()
