@@ -1,5 +1,6 @@
 # @title Set-up: find New-LLM's library and check that this machine can run it
 SOURCE = ""  # @param {type:"string"}
+LOOK_IN_DRIVE = False  # @param {type:"boolean"}
 
 import contextlib
 import importlib.metadata
@@ -98,6 +99,13 @@ def opened_from(seconds=5):  # the project on GitHub from which Colab opened thi
 
 check()
 SOURCE = SOURCE or os.environ.get("NEWLLM_SOURCE", "")
+if LOOK_IN_DRIVE:  # for a wheel; Google asks for permission
+    try:
+        from google.colab import drive as google_drive
+
+        google_drive.mount("/content/drive")
+    except (Exception, KeyboardInterrupt) as error:
+        print(f"Google Drive is not used, because it could not be mounted: {type(error).__name__}: {error}")
 here, drive = Path.cwd(), Path("/content/drive/MyDrive")
 checkout = [at for at in (here, *here.parents, here / "newllm_lib") if (at / "newllm_lib" / "__init__.py").is_file()]
 newest_last = [sorted(at.glob("newllm_lib-*.whl"), key=os.path.getmtime) for at in (here, drive, drive / "newllm")]
@@ -137,7 +145,7 @@ if not importlib.util.find_spec("newllm_lib"):
         f"{failure}newllm_lib is not here. Do one of these, then run all cells again:\n"
         "  - take the standalone notebook (`make notebooks` builds it), which carries the library\n"
         "  - put an address into SOURCE above (git+https://..., a wheel's URL or path), or set NEWLLM_SOURCE\n"
-        "  - put a wheel newllm_lib-*.whl beside this notebook, or into MyDrive/newllm of a Drive that is mounted\n"
+        "  - put a wheel newllm_lib-*.whl beside this notebook, or into MyDrive/newllm and tick LOOK_IN_DRIVE\n"
         "  - open the notebook from a clone of the project"
     )
 # ->

@@ -28,7 +28,8 @@ ADDRESS = re.compile(r"git\+https://github\.com/(\w[\w-]*)/(\w[\w.-]*)@(\w[\w./-
 """What a release can be stamped with."""
 MAIN = "01_train_wikitext2.ipynb"
 """The notebook that the README's badges open."""
-SOURCE_FIELD = 'SOURCE = ""  # @param {type:"string"}\n'
+SOURCE_FIELDS = re.compile(r"^(SOURCE|LOOK_IN_DRIVE) = .*# @param.*\n", re.MULTILINE)
+"""What a set-up cell that carries the library has no use for."""
 MAX_BYTES = 500_000
 """Of a standalone notebook's archive as text: larger ones are slow to open in a browser."""
 
@@ -110,7 +111,7 @@ def standalone_cell(project: Path) -> str:
     carried = (project / "notebooks" / "carried_cell.py").read_text("utf-8")
     carried = carried.replace('ARCHIVE = """\n', f'ARCHIVE = """\n{lines}\n', 1)
     carried = carried.replace('SHA256 = ""', f'SHA256 = "{hashlib.sha256(packed).hexdigest()}"', 1)
-    text = (project / "notebooks" / "setup_cell.py").read_text("utf-8").replace(SOURCE_FIELD, "", 1)
+    text = SOURCE_FIELDS.sub("", (project / "notebooks" / "setup_cell.py").read_text("utf-8"))
     return re.sub(r"# <- where .*?# ->\n", lambda _: carried, text, count=1, flags=re.DOTALL)
 
 

@@ -196,6 +196,39 @@ def test_the_cell_says_where_it_installs_from_before_pip_is_asked(tmp_path, monk
     assert "ModuleNotFoundError: pip could not install git+https://github.com/o/r@main:\n  no network" in done.stderr
 
 
+@pytest.mark.parametrize("outcome", ["mounted", "refused"])
+def test_drive_is_mounted_before_a_wheel_is_looked_for_there(outcome, tmp_path):
+    """The cell with another folder for Colab's, and a stand-in for its module."""
+    drive = tmp_path / "drive"
+    cell = CELL.replace("/content/drive", str(drive)).replace("LOOK_IN_DRIVE = False", "LOOK_IN_DRIVE = True")
+    script = (
+        "import importlib.util, os, subprocess, sys, types\n"
+        "from pathlib import Path\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, package=None: None if name == 'newllm_lib' else find(name, package)\n"
+        "def mount(place):\n"
+        f"    if {outcome!r} == 'refused': raise ValueError('mount failed')\n"
+        "    wheels = Path(place) / 'MyDrive' / 'newllm'\n"
+        "    wheels.mkdir(parents=True)\n"
+        "    (wheels / 'newllm_lib-0.1.0-py3-none-any.whl').touch()\n"
+        "sys.modules['google'] = google = types.ModuleType('google')\n"
+        "sys.modules['google.colab'] = google.colab = types.ModuleType('google.colab')\n"
+        "google.colab.drive = types.SimpleNamespace(mount=mount)\n"
+        "def run(command, **more):\n"
+        "    print('PIP', command[-1])\n"
+        "    return types.SimpleNamespace(stdout='', returncode=1)\n"
+        "subprocess.run = run\n"
+        f"exec({cell!r})\n"
+    )
+    (tmp_path / "cell.py").write_text(script)
+    done = subprocess.run([sys.executable, "cell.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if outcome == "mounted":
+        assert done.stdout == f"PIP {drive}/MyDrive/newllm/newllm_lib-0.1.0-py3-none-any.whl\n"
+    else:
+        assert done.stdout == "Google Drive is not used, because it could not be mounted: ValueError: mount failed\n"
+        assert "newllm_lib is not here. Do one of these" in done.stderr
+
+
 @pytest.fixture
 def project(tmp_path):
     """A copy of the notebooks and the README, and the function that runs its tidy.py."""
