@@ -19,8 +19,10 @@ class Interface:
     """One notebook, open in one page. What differs between the two stands in their classes."""
 
     name: str
+    folds: bool
+    """Whether a cell whose source is to be hidden is shown as one line, without an editor."""
     cells: str
-    """CSS of the code cells; below, of what belongs to them."""
+    """CSS of the code cells that are not folded; below, of what belongs to them."""
     editor: str
     outputs: str
     number: str
@@ -39,7 +41,8 @@ class Interface:
     def _await_cells(self, path: str) -> None:
         """Until every code cell is on the page: those out of view are laid out late, and push others away."""
         cells = nbformat.read(self.server.folder / path, as_version=4).cells
-        count = sum(cell.cell_type == "code" for cell in cells)
+        hidden = [self.folds and cell.metadata.get("jupyter", {}).get("source_hidden", False) for cell in cells]
+        count = sum(cell.cell_type == "code" and not folded for cell, folded in zip(cells, hidden, strict=True))
         expect(self.page.locator(f"{self.cells} {self.editor}")).to_have_count(count)
 
     def start_all(self) -> None:
@@ -146,7 +149,8 @@ class Lab(Interface):
     """JupyterLab 4."""
 
     name = "lab"
-    cells = ".jp-NotebookPanel .jp-CodeCell"
+    folds = True
+    cells = ".jp-NotebookPanel .jp-CodeCell:not(:has(.jp-InputPlaceholder))"
     editor = ".jp-InputArea-editor .cm-content"
     outputs = ".jp-OutputArea-output"
     number = ".jp-InputPrompt"
@@ -177,6 +181,7 @@ class Classic(Interface):
     """Notebook 6, the interface that Colab's versions belong to."""
 
     name = "classic"
+    folds = False
     cells = "#notebook .code_cell"
     editor = ".input_area .CodeMirror-code"
     outputs = ".output_area"
