@@ -20,6 +20,8 @@ MOUNT_POINT = Path("/content/drive")
 DRIVE_FOLDER = "MyDrive/newllm"
 MAX_DOWNLOAD_BYTES = 100 << 20
 """Above it a download through the browser is not tried: large ones fail without a word."""
+_PAGE_SECONDS = 5
+"""How long the page has to answer one question."""
 _NOT_FLUSHED = "Google Drive was NOT flushed"
 _MAY_BE_MISSING = (
     "What was written last may not have reached Google: look at drive.google.com before you end this session."
@@ -133,6 +135,9 @@ def _download_from_colab(path: Path, size: int) -> None:
     if size > MAX_DOWNLOAD_BYTES:
         say(f"too large for a download by the browser; {by_hand}")
         return
+    if not _page_answers():
+        say("to take it with you: right-click it in the explorer on the left > Download (this page is not Colab's own)")
+        return
     try:
         from google.colab import files
 
@@ -141,6 +146,16 @@ def _download_from_colab(path: Path, size: int) -> None:
         say(f"the download failed ({type(error).__name__}: {error}); {by_hand}")
     else:
         say(f"your browser downloads it; should nothing arrive, {by_hand}")
+
+
+def _page_answers() -> bool:
+    """Whether Colab's own page shows this notebook; VS Code on a Colab runtime answers nothing."""
+    try:
+        from google.colab import output
+
+        return output.eval_js("1 + 1", timeout_sec=_PAGE_SECONDS) == 2
+    except Exception:  # a time-out, or no page at all
+        return False
 
 
 def _not_used(reason: str, remedy: str) -> None:

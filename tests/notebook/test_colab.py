@@ -227,6 +227,18 @@ def test_on_colab_the_browser_downloads_it(on_colab, bundle, capsys):
     assert "USE_DRIVE where the settings have it, else mirror_dir=nl.storage(use_drive=True).mirror_dir" in said
 
 
+@pytest.mark.parametrize("failure", [TimeoutError("no answer"), stand_in.MessageError("no page")])
+def test_where_no_page_of_colab_answers_no_download_is_promised(on_colab, bundle, capsys, failure):
+    """VS Code with Colab's extension: the module is there, and nothing arrives."""
+    on_colab.output.failure = failure
+    nl.offer_download(bundle)
+    assert on_colab.files.downloaded == []
+    assert on_colab.output.asked == [5]  # once, and not for ever
+    said = capsys.readouterr().out
+    assert "right-click it in the explorer on the left > Download" in said
+    assert "your browser downloads it" not in said
+
+
 def test_the_field_that_a_failed_download_names_is_in_the_notebooks(repository):
     sources = [path.read_text(encoding="utf-8") for path in (repository / "notebooks").glob("*.ipynb")]
     assert sum("USE_DRIVE = False" in source for source in sources) >= 4
