@@ -18,20 +18,15 @@ NEEDS = [
     "gdown>=5.2", "filelock>=3.32",
 ]  # fmt: skip
 red = "\x1b[31m{}\x1b[0m".format
+shell = globals().get("get_ipython", lambda: None)()
 
 
-def stop(message):  # the message alone, in red, here and in every cell below that needs the library
-    class Missing:
-        def __getattr__(self, name):
-            later = ModuleNotFoundError(
-                "newllm_lib is not here: run the set-up cell at the top of this notebook first."
-            )
-            later._render_traceback_ = lambda: [red(later)]
-            raise later
-
-    globals()["nl"] = Missing()
+def stop(message):  # the message alone, in red; the cells below, which miss a name, show one line each
     problem = ModuleNotFoundError(message)
     problem._render_traceback_ = lambda: [red(problem)]
+    later = "newllm_lib is not here: run the set-up cell at the top of this notebook first."
+    if shell:
+        shell.set_custom_exc((NameError,), lambda *error, **more: print(red(later)))
     raise problem
 
 
@@ -154,6 +149,8 @@ import torch
 
 import newllm_lib as nl
 
+if shell:
+    shell.set_custom_exc((), None)
 version = getattr(nl, "__version__", "unreleased")
 print(
     f"newllm_lib {version} from {Path(nl.__file__).parent}\ntorch {torch.__version__}, Python {sys.version.split()[0]}"
