@@ -1,3 +1,4 @@
+# In notebooks that carry the library: tidy.py puts this in place of what setup_cell.py has between its two arrows.
 import atexit
 import base64
 import hashlib

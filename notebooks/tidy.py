@@ -142,18 +142,17 @@ def tidy_all(check: bool, source: str | None) -> int:
 def main() -> int:
     """What the command line asks for; with --check, the number of notebooks that are not tidy, else 0."""
     parser = argparse.ArgumentParser(description="Keep the notebooks tidy, or build ones that carry the library.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with the number of untidy notebooks")
-    parser.add_argument(
-        "--standalone", type=Path, metavar="FOLDER", help="write notebooks there that need no other file"
-    )
-    parser.add_argument("--source", metavar="ADDRESS", help="stamp the notebooks: where a release is installed from")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--check", action="store_true", help="change nothing; exit with the number of untidy notebooks")
+    task.add_argument("--standalone", type=Path, metavar="FOLDER", help="write notebooks there that need no other file")
+    task.add_argument("--source", metavar="ADDRESS", help="stamp the notebooks: where a release is installed from")
     options = parser.parse_args()
     if options.source and not ADDRESS.fullmatch(options.source):
         parser.error(f"--source {options.source}: must be git+https://github.com/OWNER/REPOSITORY@TAG, or empty")
     if options.standalone:
         write_standalone(options.standalone)
         return 0
-    if options.source is not None and not options.check:
+    if options.source is not None:
         stamp_readme(options.source)
     untidy = tidy_all(options.check, options.source)
     return untidy if options.check else 0

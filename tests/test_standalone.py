@@ -155,7 +155,6 @@ def test_an_older_runtime_of_colab_is_named_before_anything_is_installed(kind, w
     before = "sys.modules['google'] = sys.modules['google.colab'] = type(sys)('colab')\n"
     before += "import subprocess\nsubprocess.run = None\n"
     before += "".join(with_version(name.replace("-", "_"), str(version)) for name, version in old.items())
-    before += "".join(with_version(name, str(version)) for name, version in old.items())
     said = outcome(source, tmp_path, before)
     assert "newllm_lib cannot run in this runtime, because it needs torch>=2.10 (2.9" in said
     assert "choose the latest runtime version in Runtime > Change runtime type" in said
