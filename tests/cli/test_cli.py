@@ -373,6 +373,7 @@ def test_ctrl_c_in_a_shell_saves_says_how_to_continue_and_the_same_command_does(
     assert f"step {step} of {step + 4}" in errors
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_at_most_the_time_since_its_last_checkpoint(text, tmp_path):
     process = start(text, tmp_path, "--max-steps", "4000", "--epochs", "none", "--checkpoint-every-minutes", "0.001")
     checkpoints = tmp_path / "results" / "p" / "checkpoints"

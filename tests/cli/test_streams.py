@@ -132,6 +132,7 @@ def ended_as(config, process, ours):
     return process.wait(1), nl.load(os.path.join(config.results_dir, "r")).record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_hangup_saves_as_a_termination_does(config, number):
     process, ours = start_in_terminal(config)

@@ -712,6 +712,7 @@ def test_outside_a_notebook_it_is_text(tiny, capsys):
     assert "1,296 parameters" in repr(tiny)
 
 
+@pytest.mark.slow
 def test_run_all_in_a_real_kernel(text, tmp_path):
     settings_of = SHAPE | RECIPE | {"data": str(text), "results_dir": str(tmp_path / "runs"), "epochs": 1}
     cells = [

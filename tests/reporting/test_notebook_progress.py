@@ -684,6 +684,7 @@ class CountingClient(NotebookClient):
         return super().process_message(msg, cell, cell_index)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_notebook_is_one_output(tmp_path):
     settings = SHAPE | RECIPE | {"data": str(write_text(tmp_path / "text")), "results_dir": str(tmp_path / "results")}
     stops = "class Stops(NotebookProgress):\n    def step(self, step, *rest):\n        super().step(step, *rest)\n"

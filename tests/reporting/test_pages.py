@@ -267,6 +267,7 @@ def elsewhere(monkeypatch, name):
     monkeypatch.setattr(recorder, "environment", lambda machine: real(machine) | {"device_name": name})
 
 
+@pytest.mark.slow
 def test_each_part_of_a_run_keeps_its_environment(config, monkeypatch):
     nl.train(config, max_steps=2, progress=Quiet())
     nl.train(config, max_steps=4, progress=Quiet())

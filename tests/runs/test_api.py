@@ -160,6 +160,7 @@ def test_the_same_text_in_another_place_is_the_same_run(config, text, tmp_path):
     assert again.folder == first.folder
 
 
+@pytest.mark.slow
 def test_the_decisions_of_another_run_of_that_name_are_not_taken_over(config, text):
     """Neither where it has saved nothing, and is replaced, nor where it has, and is refused for what differs."""
     run = nl.train(config.replace(name="other", epochs=None, max_steps=1), progress=Quiet())

@@ -499,6 +499,7 @@ def _restore_until(operation, run, drive):
     restored(drive, run)
 
 
+@pytest.mark.slow
 def test_a_restoring_that_is_killed_before_any_of_its_operations_is_done_again(run, copy, drive, tmp_path):
     before = without_remains(run)
     for operation in range(1_000):

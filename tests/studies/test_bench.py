@@ -85,6 +85,7 @@ def test_plain_steps_learn_too():
         assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(text):
     small = memory_bytes(Case(subject="fused", batch=8, hidden_dim=64, num_layers=2, precision="fp32"), str(text))
     large = memory_bytes(Case(subject="fused", batch=512, hidden_dim=256, num_layers=2, precision="fp32"), str(text))

@@ -348,6 +348,7 @@ def test_an_interrupt_is_one_of_the_study_in_whatever_way(text, tmp_path, times)
     assert isinstance(raised.value, KeyboardInterrupt)  # as which the shell takes it
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_an_interrupted_grid_and_a_run_without_a_model_in_one_line_each(text, tmp_path):
     config = f"nl.RunConfig.from_dict({config_of(text, 'results').to_dict()!r})"
     interrupts = "def step(self, *_):\n        import signal; signal.raise_signal(signal.SIGINT)\n"
@@ -454,6 +455,7 @@ def go_on(study, **changes):
     return runs.train(runs.load(study.folder / CELL).requested.replace(**changes), progress=Counts())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["finished", "stopped", "killed"])
 def test_a_cell_that_was_trained_for_longer_is_refused(text, tmp_path, how):
     """Before the cells before it are trained; or when its turn comes, where its record does not know of it yet."""
@@ -477,6 +479,7 @@ def test_a_cell_that_was_trained_for_longer_is_refused(text, tmp_path, how):
     assert (counter.steps, again.table["best_ppl"][0]) == (8, study.table["best_ppl"][0])
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_cut_short_is_trained_to_its_end(text, tmp_path):
     """By a smaller number of steps, or by patience, which a grid's cells do not have."""
     study = one_cell(text, tmp_path)

@@ -362,6 +362,7 @@ def test_a_run_that_goes_back_records_each_batch_once_and_in_order(text, tmp_pat
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["batch", *map(str, range(1, 13))]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_and_ends_there_keeps_no_line_of_what_it_undid(text, tmp_path):
     """Memory runs out in the update of step 8, and then in every step: the run is at step 6, and so is its log."""
     path = tmp_path / "steps.csv"
@@ -473,6 +474,7 @@ def crash():
     raise RuntimeError("the machine is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error", "at"),
     [(lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt, 14), (crash, RuntimeError, 44)],
@@ -497,6 +499,7 @@ def test_an_interrupted_study_goes_on_and_equals_one_that_was_not(whole, text, t
         assert record.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_trained_for_longer_is_refused(text, tmp_path):
     """Before the others are trained; its curve would come from another plan than theirs."""
     with pytest.raises(RuntimeError):

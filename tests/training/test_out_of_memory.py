@@ -408,6 +408,7 @@ def test_validation_that_cannot_take_one_sequence_is_a_clear_error(text, tmp_pat
         trainer.fit()
 
 
+@pytest.mark.slow
 def test_scoring_a_run_that_does_not_fit_is_a_clear_error(text, monkeypatch, tmp_path):
     run = nl.train(tiny_config(text, results_dir=str(tmp_path), epochs=1), progress=Progress())
     monkeypatch.setattr(

@@ -173,6 +173,7 @@ def test_the_plan_says_how_long_the_warm_up_is(text):
     assert rate_line(constant).endswith("; constant, warm-up 30 steps")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_extended_keeps_the_warm_up_of_its_first_step(text, tmp_path):
     """20 steps, then 60: interrupted at 30 or not, the same bits; the rate of each step by hand."""
     results = []

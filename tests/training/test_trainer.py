@@ -559,6 +559,7 @@ def markov_entropy() -> float:
     return total / (1 + 1 / STOP)  # the words and the end of the text
 
 
+@pytest.mark.slow
 def test_a_markov_chain_of_second_order_is_learned_to_its_entropy(tmp_path):
     (tmp_path / "train.txt").write_text("\n".join(markov_texts(20_000, 1)))
     (tmp_path / "valid.txt").write_text("\n".join(markov_texts(10_000, 2)))

@@ -504,6 +504,7 @@ def process_memory(text):
     return memory
 
 
+@pytest.mark.slow
 def test_a_second_search_sees_as_much_memory_as_the_first(text):
     process_memory(text)
     shape = {"hidden_dim": 512, "num_layers": 6, "context_dim": 256, "embed_dim": 128}

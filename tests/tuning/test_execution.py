@@ -221,6 +221,7 @@ def test_make_setup_never_measures(config, monkeypatch, cpu):
     assert decided_by(make_setup(config)) == ("bf16", 4, True)  # by the flag, torch's threads
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_way_when_another_has_become_faster(config, answer, tmp_path):
     """Bit for bit: the cache deleted and the timings reversed between stop and continue."""
     answer(Way("bf16", False, 1))
@@ -250,6 +251,7 @@ def test_the_checkpoint_alone_keeps_the_way(config, answer):
     assert again.record["decided"]["layout"] == "plain"
 
 
+@pytest.mark.slow
 def test_a_record_of_an_earlier_version_continues_by_the_old_rules(config, answer):
     asked = answer(Way("fp32", False, 2))
     run = nl.train(config, max_steps=2, decay_steps=4, progress=Quiet())
@@ -321,6 +323,7 @@ def test_a_steady_answer_is_remembered_by_other_processes_and_an_unsteady_one_by
     assert decided_by(resolve_run(config, remeasure=True).setup) == ("bf16", 4, True)
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_measured_again(config, answer, tmp_path):
     asked = answer(Way("fp32", True, 2))
     resolve_run(config)
