@@ -145,6 +145,8 @@ if not importlib.util.find_spec("newllm_lib"):
     )
 # ->
 
+os.environ["NEWLLM_NOTEBOOK_GPU"] = ""  # what this notebook's metadata ask for, to compare with what came
+
 import torch
 
 import newllm_lib as nl

@@ -28,6 +28,8 @@ ADDRESS = re.compile(r"git\+https://github\.com/(\w[\w-]*)/(\w[\w.-]*)@(\w[\w./-
 """What a release can be stamped with."""
 MAIN = "01_train_wikitext2.ipynb"
 """The notebook that the README's badges open."""
+GPU_LINE = 'os.environ["NEWLLM_NOTEBOOK_GPU"] ='
+"""What the set-up cell hands on of the notebook's metadata, which a kernel cannot read."""
 SOURCE_FIELDS = re.compile(r"^(SOURCE|LOOK_IN_DRIVE) = .*# @param.*\n", re.MULTILINE)
 """What a set-up cell that carries the library has no use for."""
 MAX_BYTES = 500_000
@@ -73,6 +75,8 @@ def tidy(text: str, setup_cell: str, name: str, source: str | None = None) -> st
         raise ValueError(f"has {len(setups)} cells that begin with {MARK!r}: must be one")
     source = stamped(setups[0].source) if source is None else source
     setups[0].source = setup_cell.rstrip("\n").replace('STAMP = ""', f'STAMP = "{source}"', 1)
+    gpu = re.sub(r"\W", "", notebook.metadata.get("colab", {}).get("gpuType", ""))
+    setups[0].source = setups[0].source.replace(f'{GPU_LINE} ""', f'{GPU_LINE} "{gpu}"', 1)
     title = notebook.cells[0]
     title.source = badges(source, name) + re.sub(r"\A\[!\[Open in .*\n\n", "", title.source)
     setups[0].metadata.update({"cellView": "form", "jupyter": {"source_hidden": True}})  # Colab; JupyterLab and others

@@ -61,6 +61,14 @@ def test_papermill_finds_the_settings(path):
     assert name.isupper() and value
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_set_up_hands_on_the_gpu_that_the_notebook_asks_for(path):
+    asked = {"00_quickstart": "", "06_compare_runs": ""}.get(path.stem, "T4")
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata.get("colab", {}).get("gpuType", "") == asked
+    assert any(f'os.environ["NEWLLM_NOTEBOOK_GPU"] = "{asked}"' in cell.source for cell in notebook.cells)
+
+
 def test_they_are_as_tidy_py_leaves_them_and_it_sees_when_not(tmp_path):
     folder = NOTEBOOKS[0].parent
     check = [sys.executable, folder / "tidy.py", "--check"]

@@ -147,6 +147,13 @@ class RunRecord(dict):
         record.update(values)
         return record
 
+    @property
+    def began_on(self) -> str:
+        """The name of the device of the first step, as far as it is known; "" where it is not."""
+        first = (self.parts or [{"environment": self.environment}])[0]
+        known = first.get("environment") if self.step and isinstance(first, dict) else None
+        return (known or {}).get("device_name") or ""
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary, as JSON holds it: numbers that are not finite become None."""
         return finite(self)

@@ -134,7 +134,7 @@ def plan_of(setup: Setup, folder: Path, earlier: RunRecord, speed: Speed | None 
     warmup = earlier.warmup_steps
     if earlier and warmup is None:  # an earlier version began it
         warmup = setup.config.train.warmup_steps
-    return plan_lines(setup, str(folder), earlier.decay_steps, speed, warmup)
+    return plan_lines(setup, str(folder), earlier.decay_steps, speed, warmup, earlier.began_on)
 
 
 def run_folder(setup: Setup) -> Path:

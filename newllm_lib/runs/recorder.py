@@ -52,7 +52,8 @@ class Recorder(Observer):
         setup, state = self.trainer.setup, self.trainer.state
         faithful, reason = self._faithful(earlier)
         speed = estimate_speed(setup, measure=False)
-        lines = plan_lines(setup, str(self.folder), state.decay_steps, speed, state.warmup_steps)
+        began_on = earlier.began_on if state.step else ""
+        lines = plan_lines(setup, str(self.folder), state.decay_steps, speed, state.warmup_steps, began_on)
         plan = [(name, impersonal(text)) for name, text in lines]
         on_gpu = setup.machine.kind == "cuda"
         here = {"from_step": state.step, "precision": setup.precision.name, "environment": environment(setup.machine)}

@@ -77,6 +77,15 @@ def in_colab() -> bool:
     return True
 
 
+def notebook_gpu() -> str:
+    """The GPU that the notebook's file asks Colab for, such as T4; "" elsewhere, and where it asks for none.
+
+    A kernel cannot read its notebook's metadata: the set-up cell, into which `notebooks/tidy.py` writes them, hands
+    this on. Who chooses another GPU in Colab's menu is told that it is another.
+    """
+    return os.environ.get("NEWLLM_NOTEBOOK_GPU", "") if in_colab() else ""
+
+
 def in_kaggle() -> bool:
     """Whether this is a Kaggle notebook."""
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import FlatField, RunConfig, flat_fields, presets, published
 from newllm_lib.reporting.formatting import counted, duration
+from newllm_lib.system.console import notebook_gpu
+from newllm_lib.system.hardware import Machine
 from newllm_lib.training.estimates import Speed, memory_estimate_bytes
 from newllm_lib.training.schedule import warmup_of
 from newllm_lib.training.setup import Setup
@@ -44,10 +47,12 @@ def plan_lines(
     decay_steps: int | None = None,
     speed: Speed | None = None,
     warmup_steps: int | None = None,
+    began_on: str = "",
 ) -> list[tuple[str, str]]:
     """(what, how much and why) for each decision, ready to print.
 
-    decay_steps, warmup_steps: where a run has settled its own; speed: where it is known, for a line on the time.
+    decay_steps, warmup_steps: where a run has settled its own; speed: where it is known, for a line on the time;
+    began_on: the name of the device of the run's first step, "" before it.
     """
     config, train_split, validation = setup.config, setup.train_split, setup.validation_split
     model, train = config.model, config.train
@@ -62,7 +67,7 @@ def plan_lines(
                  f"{counted(texts['validation'], 'validation text')}"),
         ("sequences", _sequences_line(setup)),
         ("tokens", f"{train_split.num_tokens:,} an epoch, {validation.num_tokens:,} in validation"),
-        ("device", f"{setup.machine.name} ({setup.machine.device}, {counted(setup.machine.threads, 'thread')})"),
+        ("device", _device_line(setup.machine, began_on)),
         ("precision", f"{setup.precision.name}: {setup.precision.reason}"),
         ("engine", f"{setup.engine.name}: {setup.engine.reason}"),
         ("batch", f"{counted(train.batch_size, 'sequence')}, about {tokens_per_step:,.0f} tokens a step"
@@ -83,6 +88,21 @@ def plan_lines(
         lines.append(("time", f"about {duration(speed.training_seconds(setup))} of training, validation not counted "
                               f"({speed.tokens_per_second:,.0f} tokens/s, {speed.basis})"))  # fmt: skip
     return lines
+
+
+_COLAB_GPUS = {"G4": "RTX PRO 6000"}
+"""What torch calls a GPU whose name in Colab's menu is not part of its own."""
+
+
+def _device_line(machine: Machine, began_on: str) -> str:
+    """The device, and whether it is another than the notebook asks for, or than the run began on."""
+    text = f"{machine.name} ({machine.device}, {counted(machine.threads, 'thread')})"
+    asked = notebook_gpu()
+    if asked and not re.search(rf"\b{re.escape(_COLAB_GPUS.get(asked, asked))}\b", machine.name):
+        text += f"; this notebook asks for a GPU of type {asked} (Runtime > Change runtime type)"
+    if began_on and began_on != machine.name:
+        text += f"; the run began on {began_on}"
+    return text
 
 
 def _sequences_line(setup: Setup) -> str:

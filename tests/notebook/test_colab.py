@@ -12,7 +12,7 @@ import IPython
 import IPython.display
 import pytest
 from IPython.display import HTML
-from tiny import tiny_config, write_text
+from tiny import Quiet, tiny_config, write_text
 
 import newllm_lib as nl
 from newllm_lib.notebook import colab
@@ -20,6 +20,7 @@ from newllm_lib.reporting import curves, notebook_progress
 from newllm_lib.reporting.notebook_page import View, page
 from newllm_lib.reporting.notebook_progress import NotebookProgress
 from newllm_lib.reporting.sync_status import SyncStatus, unsaved
+from newllm_lib.system import hardware
 
 
 @pytest.fixture(autouse=True)
@@ -379,3 +380,46 @@ def test_a_run_on_colab_is_taken_up_by_the_next_machine(on_colab, pages, tmp_pat
     assert f"brought back from {tmp_path / MIRROR / 'r'}: step 3" in pages[-1]
     assert "your work: complete and verified (step 6)" in pages[-1]
     assert on_colab.drive.prompts == 1
+
+
+# --- the GPU that came --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "came", "told"),
+    [
+        ("T4", "Tesla T4", ""),
+        ("L4", "NVIDIA L4", ""),
+        ("A100", "NVIDIA A100-SXM4-40GB", ""),
+        ("G4", "NVIDIA RTX PRO 6000 Blackwell Server Edition", ""),
+        ("", "AMD EPYC", ""),
+        ("T4", "NVIDIA L4", "; this notebook asks for a GPU of type T4 (Runtime > Change runtime type)"),
+        ("L4", "NVIDIA L40S", "; this notebook asks for a GPU of type L4 (Runtime > Change runtime type)"),
+        ("H100", "NVIDIA RTX PRO 6000", "; this notebook asks for a GPU of type H100 (Runtime > Change runtime type)"),
+        ("T4", "Intel(R) Xeon(R)", "; this notebook asks for a GPU of type T4 (Runtime > Change runtime type)"),
+    ],
+)
+def test_the_plan_tells_a_gpu_that_was_not_asked_for(on_colab, monkeypatch, tmp_path, asked, came, told):
+    monkeypatch.setenv("NEWLLM_NOTEBOOK_GPU", asked)
+    monkeypatch.setattr(hardware, "cpu_name", lambda: came)
+    _, lines = nl.plan(tiny_config(write_text(tmp_path / "text"), threads=1))
+    assert dict(lines)["device"] == f"{came} (cpu, 1 thread){told}"
+
+
+def test_elsewhere_no_notebook_asks_for_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEWLLM_NOTEBOOK_GPU", "T4")
+    monkeypatch.setattr(hardware, "cpu_name", lambda: "Some CPU")
+    _, lines = nl.plan(tiny_config(write_text(tmp_path / "text"), threads=1))
+    assert dict(lines)["device"] == "Some CPU (cpu, 1 thread)"
+
+
+def test_plan_and_report_tell_on_what_a_run_began(monkeypatch, tmp_path):
+    config = tiny_config(write_text(tmp_path / "text"), name="r", threads=1)
+    for steps, came, told in ((3, "First", ""), (6, "Second", "; the run began on First"), (9, "First", "")):
+        monkeypatch.setattr(hardware, "cpu_name", lambda came=came: came)
+        expected = f"{came} (cpu, 1 thread){told}"
+        config = config.replace(max_steps=steps)
+        assert dict(nl.plan(config)[1])["device"] == expected
+        run = nl.train(config, progress=Quiet())
+        assert dict(run.record["plan"])["device"] == expected
+        assert f"| device | {expected} |" in (run.folder / "report.md").read_text()
