@@ -350,6 +350,7 @@ def start(text, tmp_path, *more):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_shell_saves_says_how_to_continue_and_the_same_command_does(text, tmp_path):
     many = ("--max-steps", "4000", "--epochs", "none")
     process = start(text, tmp_path, *many, "--fresh")

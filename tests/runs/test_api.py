@@ -140,6 +140,7 @@ def test_fresh_starts_over_and_keeps_the_old_folder(config):
     assert nl.load(kept).best["val_loss"] == again.best["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_named_folder_of_another_run_is_refused_and_unchanged(config, text):
     run = nl.train(config, name="mine", progress=Quiet())
     before = contents(run.folder)

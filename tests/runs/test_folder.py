@@ -135,6 +135,7 @@ def shown_with(config):
     return Planner().plan(config).setup
 
 
+@pytest.mark.slow
 def test_plan_panel_and_training_keep_what_the_run_began_with(config, machine_batch):
     assert planned_with(config).decided == shown_with(config).decided == trained_with(config).decided
     stopped(config)
@@ -180,6 +181,7 @@ def test_they_keep_it_where_only_the_checkpoints_are_left(config, machine_batch)
         assert decide(config).config.train.batch_size == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["all", "checkpoints", "copy", "nothing"])
 def test_plans_write_nothing(config, machine_batch, drive, tmp_path, left):
     config = config.replace(mirror_dir=str(drive))

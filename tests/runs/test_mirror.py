@@ -468,6 +468,7 @@ def whole(drive, folder):
     return came_back[1]
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_killed_before_any_of_its_operations_is_whole(run, copy, drive, tmp_path):
     steps, remains = [], 0
     for operation in range(1_000):

@@ -195,6 +195,7 @@ def decided_by(setup):
     return setup.precision.name, setup.machine.threads, setup.engine.packed
 
 
+@pytest.mark.slow
 def test_plan_panel_and_training_take_what_was_measured(config, answer):
     asked = answer(Way("bf16", False, 2))
     planned, lines = nl.plan(config)
