@@ -107,12 +107,14 @@ def evaluate_split(
     batch_size: int = 256,
     engine: Callable = ENGINES["reference"],
     fewer: Callable[[int, str], int] = fewer_rows,
+    each: Callable[[float], None] = lambda share: None,
 ) -> Metrics:
     """Scores of a model on a split, without dropout; the model's training mode is left as it was.
 
     Windows are read `batch_size` at a time, each from an empty context; a stream is read in order, its lanes side by
     side (`batch_size` of them at most), with the context carried over. Where memory runs out, the same rows come
     again, from then on as many at a time as `fewer(rows, failure)` says; MemoryError where one is too many.
+    `each` is called with the share that is done, above 0 to 1.
     """
     device = model.device
     ids, spelled = torch.from_numpy(split.ids), split.spelled_unknown
@@ -123,7 +125,7 @@ def evaluate_split(
     model.eval()
     try:
         batches = (ids, marks) if split.carries_context else (ids.split(batch_size), marks.split(batch_size))
-        for rows, unknown in zip(*batches, strict=True):
+        for number, (rows, unknown) in enumerate(zip(*batches, strict=True)):
             parts: list[Tensor] = []
             done = 0
             while done < len(rows):
@@ -138,6 +140,7 @@ def evaluate_split(
                     failure = str(error)
                 if failure is None:
                     done += size
+                    each((number + min(1.0, done / len(rows))) / len(batches[0]))
                 else:
                     size = fewer(min(size, len(rows) - done), failure)
             context = torch.cat(parts) if split.carries_context else None

@@ -12,7 +12,7 @@ from newllm_lib.cli.options import Sectioned, field_options, options_of, overrid
 from newllm_lib.cli.output import echo, echo_json
 from newllm_lib.config import RunConfig, flat_fields, presets
 from newllm_lib.errors import ConfigError
-from newllm_lib.reporting.formatting import counted, ppl_text
+from newllm_lib.reporting.formatting import counted, named_lines, ppl_text
 
 
 @click.command(cls=Sectioned)
@@ -37,7 +37,7 @@ def _train_or_plan(config: RunConfig, fresh: bool, plan_only: bool, as_json: boo
         if as_json:
             echo_json(dict(lines))
         else:
-            echo("\n".join(f"{name:>10}  {text}" for name, text in lines))
+            echo("\n".join(named_lines(lines)))
         return
     run = runs.train(config, fresh=fresh)
     _print_run(run, as_json)

@@ -12,6 +12,7 @@ from newllm_lib.cli.options import Sectioned, field_options, overrides_of
 from newllm_lib.cli.output import echo, echo_json, echo_written
 from newllm_lib.cli.training import config_of
 from newllm_lib.escaping import shell_command
+from newllm_lib.reporting.formatting import named_lines
 
 
 @click.command(cls=Sectioned)
@@ -54,7 +55,7 @@ def probe(
         if searching or overrides.keys() - {"device", "threads"}:
             raise click.UsageError("name a PRESET to find a batch for; this machine alone needs --device and --threads")
         found = tuning.probe(config.train.device, config.train.threads)
-        lines = [f"{name:>10}  {text}" for name, text in tuning.probe_lines(found)]
+        lines = named_lines(tuning.probe_lines(found))
     else:
         searching.setdefault("policy", overrides.get("batch_policy", "fast"))
         choice = tuning.find_batch(config, report=lambda text: echo(text, err=True), **searching)

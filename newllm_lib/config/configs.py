@@ -101,7 +101,7 @@ class DataConfig(Checked):
         super().__post_init__()
         sources = self.data if isinstance(self.data, tuple) else (self.data,)
         if not sources or not all(isinstance(source, str) and source for source in sources):
-            raise ConfigError(f"DataConfig.data = {self.data!r}: must be a corpus, a folder, or one or more text files")
+            raise ConfigError(f"data = {self.data!r}: must be a corpus, a folder, or one or more text files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ class TrainConfig(Checked):
     def __post_init__(self):
         super().__post_init__()
         if self.epochs is None and self.max_steps is None:
-            raise ConfigError("TrainConfig.epochs = None and TrainConfig.max_steps = None: give at least one of them")
+            raise ConfigError("epochs = none and max_steps = none: give at least one of them")
         self._check_clip()
 
     def _check_clip(self):
@@ -197,7 +197,7 @@ class TrainConfig(Checked):
             or not all(0 < norm < math.inf for _, norm in pairs)
         ):
             raise ConfigError(
-                f"TrainConfig.clip_by_epoch = {self.clip_by_epoch!r}: must be (epoch, norm) pairs with rising epochs, "
+                f"clip_by_epoch = {self.clip_by_epoch!r}: must be (epoch, norm) pairs with rising epochs, "
                 "the first 0, and norms above 0, for example ((0, 0.5), (10, 1.0))"
             )
         object.__setattr__(self, "clip_by_epoch", pairs)  # whole norms as floats: equal settings, equal identities
@@ -237,7 +237,7 @@ class RunConfig(Checked):
         super().__post_init__()
         if self.name is not None and not _is_folder_name(self.name):
             raise ConfigError(
-                f"RunConfig.name = {self.name!r}: must be a plain folder name of at most {LONGEST_NAME} bytes, without "
+                f"name = {self.name!r}: must be a plain folder name of at most {LONGEST_NAME} bytes, without "
                 '/ \\ : * ? " < > | or control characters, and not starting with a dot'
             )
 
@@ -254,6 +254,16 @@ class RunConfig(Checked):
         own = changes.pop("run", {})
         parts = {name: dataclasses.replace(getattr(self, name), **values) for name, values in changes.items()}
         return dataclasses.replace(self, **own, **parts)
+
+    def refusals(self, **flat) -> dict[str, str]:
+        """Why single fields cannot have these values, whatever the others are: field -> the words of ConfigError."""
+        alone, found = self.replace(epochs=1, max_steps=1), {}  # so that neither is refused for lack of the other
+        for name, value in flat.items():
+            try:
+                alone.replace(**{name: value})
+            except ConfigError as error:
+                found[name] = str(error)
+        return found
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:

@@ -42,7 +42,8 @@ class Checked:
             if item.metadata.get("path"):
                 value = _expanded(value)
             object.__setattr__(self, item.name, value)
-            _check(type(self).__name__, item.name, value, hints[item.name], item.metadata)
+            if wrong := refusal(item.name, value, hints[item.name], item.metadata):
+                raise ConfigError(wrong)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers, ready for JSON."""
@@ -109,17 +110,22 @@ def _expanded(value: Any) -> Any:
     return expanded(value) if isinstance(value, str) else value
 
 
-def _check(owner: str, name: str, value: Any, hint: Any, allowed: typing.Mapping[str, Any]) -> None:
+def refusal(name: str, value: Any, hint: Any, allowed: typing.Mapping[str, Any]) -> str:
+    """Why a field cannot have a value, whatever the others are: its name, the value, what would be right; else ""."""
     kinds = allowed_types(hint)
     plain = tuple(typing.get_origin(kind) or kind for kind in kinds)
-    good = isinstance(value, plain) and not (isinstance(value, bool) and bool not in plain)
+    right_kind = isinstance(value, plain) and not (isinstance(value, bool) and bool not in plain)
+    good = right_kind
     if good and value is not None and not isinstance(value, bool):
         if isinstance(value, (int, float)) and allowed:
             good = _in_range(value, allowed)
         if allowed.get("choices"):
             good = value in allowed["choices"]
-    if not good:
-        raise ConfigError(f"{owner}.{name} = {value!r}: must be {describe_allowed(hint, allowed)}")
+    if good:
+        return ""
+    must = "a number, " if float in kinds and not right_kind else ""
+    said = "none" if value is None else repr(value)
+    return f"{name} = {said}: must be {must}{describe_allowed(hint, allowed)}"
 
 
 def _in_range(value: float, allowed: typing.Mapping[str, Any]) -> bool:
@@ -130,16 +136,15 @@ def _in_range(value: float, allowed: typing.Mapping[str, Any]) -> bool:
 
 
 def describe_allowed(hint: Any, allowed: typing.Mapping[str, Any]) -> str:
-    """What a field accepts, in words: 'a whole number from 1 to 65536, or none'."""
+    """What a field accepts, in words: 'a whole number from 1 to 65,536, or none', 'at least 0 and below 1'."""
     kinds = allowed_types(hint)
     if allowed.get("choices"):
         text = "one of " + ", ".join(allowed["choices"])
-    elif int in kinds or float in kinds:
-        low, high = allowed["low"], allowed["high"]
-        text = "a whole number" if int in kinds else "a number"
-        text += f" {'above' if allowed['open_low'] else 'from'} {low:g}" if float in kinds else f" from {low}"
-        if high is not None:
-            text += f" {'to below' if allowed['open_high'] else 'to'} " + (f"{high:g}" if float in kinds else f"{high}")
+    elif int in kinds:
+        text = f"a whole number from {allowed['low']:,} to {allowed['high']:,}"
+    elif float in kinds:
+        high = f" and {'below' if allowed['open_high'] else 'at most'} {allowed['high']:,.10g}"
+        text = f"{'above' if allowed['open_low'] else 'at least'} {allowed['low']:g}{high}"
     elif bool in kinds:
         text = "true or false"
     elif str in kinds:

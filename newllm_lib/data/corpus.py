@@ -97,7 +97,7 @@ def _check_unit(name: str, unit: str) -> None:
     """ConfigError for a unit in which a named text does not come; "line", the default, stands for its own."""
     if unit not in ("line", _NAMED_UNITS[name]):
         raise ConfigError(
-            f"DataConfig.text_unit = {unit!r}: the texts of {name} are {_NAMED_UNITS[name]}s and come in no other "
+            f"text_unit = {unit!r}: the texts of {name} are {_NAMED_UNITS[name]}s and come in no other "
             "unit; leave it out, or give text files"
         )
 

@@ -115,7 +115,7 @@ class Prepared:
         if not len(ids):
             raise DataError(
                 f"data {self.corpus_name}: no text of the {name} split has {data.min_words} words or more "
-                "(DataConfig.min_words)" + "".join(f"; {note}" for note in self.notes)
+                "(min_words)" + "".join(f"; {note}" for note in self.notes)
             )
         lossless = self.tokenizer.token_bytes is not None
         measures = self._measures(texts)

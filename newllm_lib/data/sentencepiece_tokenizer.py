@@ -62,7 +62,7 @@ class SentencePieceTokenizer:
         least = len(SPECIAL_TOKENS) + _BYTES + _LEAST_PIECES
         if vocab_size < least:
             raise ConfigError(
-                f"ModelConfig.vocab_size = {vocab_size!r}: must be at least {least} for a SentencePiece tokenizer, "
+                f"vocab_size = {vocab_size!r}: must be at least {least} for a SentencePiece tokenizer, "
                 f"{_BYTES} of which are single bytes"
             )
         lines = [line for text in texts for line in text.splitlines(keepends=True)]

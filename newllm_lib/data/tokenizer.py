@@ -65,7 +65,7 @@ class WordTokenizer:
         counts.pop("<unk>", None)
         room = vocab_size - len(SPECIAL_TOKENS)
         if room < 1:
-            raise ConfigError(f"ModelConfig.vocab_size = {vocab_size!r}: must be at least {len(SPECIAL_TOKENS) + 1}")
+            raise ConfigError(f"vocab_size = {vocab_size!r}: must be at least {len(SPECIAL_TOKENS) + 1}")
         if not counts:
             raise DataError("the training text holds no word")
         return cls([word for word, _ in counts.most_common(room)])  # most_common keeps first-seen order among ties

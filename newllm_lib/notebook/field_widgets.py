@@ -12,7 +12,7 @@ from newllm_lib.config import FlatField
 from newllm_lib.config.fields import allowed_types
 from newllm_lib.config.parsing import parse, shown
 from newllm_lib.errors import ConfigError
-from newllm_lib.escaping import html_attribute, html_text
+from newllm_lib.escaping import html_text
 
 UNITS = (
     "units", "layers", "tokens", "words", "texts", "lanes", "sequences", "epochs", "steps", "nats", "minutes",
@@ -85,11 +85,11 @@ SLIDERS = {
 }
 """Fields with a slider; the box beside it takes every value, and shows it truly where the slider cannot."""
 
-_LABEL, _SLIDER, _BOX = 210, 170, 86
-"""Widths (CSS pixels)."""
+_LABEL, _SLIDER, _BOX, _END = 190, 172, 132, 46
+"""Widths (CSS pixels); a slider and its box each begin with an end of the slider, and fit side by side on a phone."""
 PILL = "border-radius:3px;padding:0 4px;color:#fff"
 """White on a colour of its own: as legible on a light page as on a dark one."""
-RED, BLUE, ORANGE = "#b3261e", "#1f6fb4", "#e07b22"
+RED, ORANGE = "#b3261e", "#e07b22"
 
 
 def unit_of(item: FlatField) -> str:
@@ -117,41 +117,41 @@ class Setting:
         import ipywidgets
 
         self.item, self.value, self.slider = item, item.default, None
-        self._changed, self._quiet = changed, False
+        self.chip: Any = None
+        """The button that undoes a change; made when it is first needed."""
+        self._changed, self._quiet, self._before = changed, False, item.default
         kinds = allowed_types(item.type)
         options = choices or item.metadata["choices"] or ((True, False) if bool in kinds else ())
         self._options = tuple((shown_choice(option), option) for option in options)
         if self._options:
-            self.box = ipywidgets.Dropdown(options=self._options, **self._look(_SLIDER + _BOX + 4))
+            self.box = ipywidgets.Dropdown(options=self._options, **self._look(_SLIDER + _BOX))
             self.box.observe(self._chosen, "value")
         elif item.name in SLIDERS:
             self.slider = self._make_slider(ipywidgets)
-            self.box = ipywidgets.Text(continuous_update=False, layout={"width": f"{_BOX}px"}, **self._tooltip())
+            high = _position_text(item, SLIDERS[item.name].last)
+            self.box = ipywidgets.Text(continuous_update=False, **self._look(_BOX, high))
             self.slider.observe(self._pulled, "value")
         else:
-            self.box = ipywidgets.Text(continuous_update=False, **self._look(_SLIDER + _BOX + 4))
+            self.box = ipywidgets.Text(continuous_update=False, **self._look(_SLIDER + _BOX))
         if isinstance(self.box, ipywidgets.Text):
             self.box.placeholder = "none" if type(None) in kinds else ""
             self.box.observe(self._typed, "value")
-        self.note = ipywidgets.HTML(layout={"flex": "1 1 0%", "min_width": "0", "overflow": "hidden"})
+        self.label = ipywidgets.Label(label_of(item), layout={"width": f"{_LABEL}px", "flex": "0 0 auto"})
+        self.note = ipywidgets.HTML(layout={"flex": "1 1 200px", "min_width": "0"})
         controls = [self.slider, self.box] if self.slider else [self.box]
-        self.row = ipywidgets.HBox([*controls, self.note], layout={"align_items": "center", "width": "100%"})
+        group = ipywidgets.HBox(controls, layout={"flex": "0 0 auto", "max_width": "100%"})
+        look = {"align_items": "center", "width": "100%", "flex_flow": "row wrap", "overflow": "hidden"}
+        self.row = ipywidgets.HBox([self.label, group, self.note], layout=look)
+        self.row.add_class("newllm-row")
         self.set(item.default)
 
-    def _tooltip(self) -> dict[str, str]:
-        """The docstring, under the name that this version of ipywidgets has for it."""
+    def _look(self, width: int, end: str = "") -> dict[str, Any]:
+        """Of a control: its width, an end of the slider before it, and for those who point at it the field's name."""
         import ipywidgets
 
-        name = "tooltip" if "tooltip" in ipywidgets.DOMWidget.class_traits() else "description_tooltip"
-        return {name: self.item.doc}
-
-    def _look(self, width: int) -> dict[str, Any]:
-        return {
-            "description": label_of(self.item),
-            "style": {"description_width": f"{_LABEL}px"},
-            "layout": {"width": f"{_LABEL + width}px", "flex": "0 0 auto"},
-            **self._tooltip(),
-        }
+        tooltip = "tooltip" if "tooltip" in ipywidgets.DOMWidget.class_traits() else "description_tooltip"
+        shown_end = {"description": end, "style": {"description_width": f"{_END}px"}} if end else {}
+        return shown_end | {"layout": {"width": f"{width}px", "flex": "0 1 auto"}, tooltip: self.item.name}
 
     def _make_slider(self, ipywidgets):
         """Of positions, not values: a page puts a slider on the step nearest to its value, and reports it as a change.
@@ -159,7 +159,8 @@ class Setting:
         The box shows the number. Where the text is laid out again, the slider is heard when it is let go.
         """
         live = self.item.section != "data" and self.item.name != "vocab_size"
-        look = self._look(_SLIDER) | {"readout": False, "continuous_update": live}
+        low = _position_text(self.item, 0)
+        look = self._look(_SLIDER, low) | {"readout": False, "continuous_update": live}
         return ipywidgets.IntSlider(value=0, min=0, max=SLIDERS[self.item.name].last, **look)
 
     # --- from the widgets ---------------------------------------------------------------------------------------
@@ -214,20 +215,59 @@ class Setting:
         if self.slider is not None:
             self.slider.value = SLIDERS[self.item.name].position(self.value)
 
-    def mark(self, preset: Any, problem: str = "") -> None:
-        """The docstring beside the widgets, and before it what is wrong, or the preset's value where it differs."""
-        pill = ""
-        if problem:
-            pill = _pill(problem, RED)
-        elif self.value != preset:
-            pill = _pill(f"preset: {shown(self.item, preset)}", BLUE)
-        self.explain(self.item.doc, pill)
+    def mark(self, before: Any, problem: bool = False, overruled: str = "") -> None:
+        """Show beside the widgets whether the value is refused, changed (a button undoes it), or overruled by another.
 
-    def explain(self, text: str, pill: str = "") -> None:
-        """Two lines of small print beside the widgets, the whole of it as their tooltip."""
-        style = "font-size:11px;line-height:13px;max-height:26px;overflow:hidden;padding-left:6px"
-        shown_text = f'<span style="opacity:.75">{html_text(text)}</span>'
-        self.note.value = f'<div title="{html_attribute(text)}" style="{style}">{pill}{shown_text}</div>'
+        before: the value that the button puts back; overruled: a sentence that says why the value has no effect, ""
+        where it has one.
+        """
+        self._before = before
+        changed = self.is_changed
+        if changed and self.chip is None:
+            self._make_chip()
+        if self.chip is not None:
+            self.chip.description = f"changed from {_short(shown(self.item, before))}"
+            self.chip.layout.display = None if changed else "none"
+        if overruled:
+            self.row.add_class("newllm-overruled")
+        else:
+            self.row.remove_class("newllm-overruled")
+        self.explain(self.item.doc, _pill("refused", RED) if problem else "", overruled)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the value is another than the one that the chip would put back."""
+        return self.value != self._before
+
+    def _make_chip(self) -> None:
+        import ipywidgets
+
+        layout = {"width": "auto", "height": "22px", "flex": "0 0 auto", "margin": "0 6px"}
+        self.chip = ipywidgets.Button(button_style="info", tooltip="put it back", layout=layout)
+        self.chip.add_class("newllm-chip")
+        self.chip.on_click(lambda button: self._undo())
+        self.row.children = (*self.row.children[:2], self.chip, self.row.children[2])
+
+    def _undo(self) -> None:
+        self.set(self._before)
+        self._changed()
+
+    def explain(self, text: str, pill: str = "", first: str = "") -> None:
+        """Small print beside the widgets, after a mark and a sentence that matters more."""
+        words = f"<b>{html_text(first)}.</b> " if first else ""
+        body = f'{pill}{words}<span style="opacity:.75">{html_text(text)}</span>'
+        self.note.value = f'<div style="font-size:11px;line-height:14px;padding:1px 6px">{body}</div>'
+
+
+def _position_text(item: FlatField, position: int) -> str:
+    """What a position of a field's slider stands for, as short as it can be."""
+    value = SLIDERS[item.name].value(position)
+    return f"{value:g}" if float in allowed_types(item.type) else str(round(value))
+
+
+def _short(text: str, most: int = 24) -> str:
+    """A text that keeps a button small: the end of one that is too long."""
+    return text if len(text) <= most else f"\N{HORIZONTAL ELLIPSIS}{text[-most:]}"
 
 
 def read(item: FlatField, text: str) -> Any:

@@ -132,11 +132,6 @@ def tokens_per_step(setup: Setup) -> float:
     return setup.train_split.num_tokens / setup.steps_per_epoch
 
 
-def steps_left(plan: Plan) -> int:
-    """Of the whole run, or of the one that the folder holds."""
-    return max(0, plan.setup.total_steps - (plan.record.step or 0))
-
-
 def state_of(plan: Plan) -> str:
     """What training would do with the folder."""
     step, total, status = plan.record.step, plan.setup.total_steps, plan.record.status
@@ -172,8 +167,7 @@ def lines_of(plan: Plan) -> list[tuple[str, str]]:
     lines = dict(plan_of(plan.setup, plan.folder, plan.record))
     lines["run"] = f"{plan.folder}: {state_of(plan)}"
     if plan.speed:
-        rate = plan.speed.tokens_per_second
-        lines["time"] = f"{time_of(plan)}, validation not counted ({rate:,.0f} tokens/s, {plan.speed.basis})"
+        lines["time"] = plan.speed.total_text(plan.setup, plan.record.step or 0)
     return list(lines.items())
 
 
@@ -181,8 +175,7 @@ def time_of(plan: Plan) -> str:
     """How long the steps that are left will take, if that is known."""
     if not plan.speed:
         return "not measured"
-    seconds = steps_left(plan) * tokens_per_step(plan.setup) / plan.speed.tokens_per_second
-    return f"about {duration(seconds)}"
+    return f"about {duration(plan.speed.total_seconds(plan.setup, plan.record.step or 0))}"
 
 
 # --- HTML, legible on light and dark pages ----------------------------------------------------------------------
@@ -198,7 +191,7 @@ def plan_html(plan: Plan, command: str) -> str:
         ("steps", f"{setup.total_steps:,}"),
         ("epochs", f"{setup.total_steps / setup.steps_per_epoch:.2f}"),
         ("tokens a step", f"{tokens_per_step(setup):,.0f}"),
-        ("rate", f"{setup.rate.value:.3g}"),
+        ("learning rate", f"{setup.rate.value:.3g}"),
         ("time here", time_of(plan)),
     )
     cells = "".join(
@@ -224,6 +217,11 @@ def refused_html(reason: str, last_plan: str = "") -> str:
         f'line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere">{html_text(reason)}</div>'
         f'<div style="opacity:.4">{last}</div>'
     )
+
+
+def busy_html(text: str, last_plan: str = "") -> str:
+    """What is being done; the last plan stays dimly below, so that nothing jumps."""
+    return f'<div style="padding:4px 0;opacity:.75">{html_text(text)}</div><div style="opacity:.4">{last_plan}</div>'
 
 
 def _warning(text: str) -> str:

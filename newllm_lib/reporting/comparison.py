@@ -31,12 +31,13 @@ _MILLIONS, _GIB = ("Int64", lambda n: f"{n / 1e6:.3g} M"), ("Int64", lambda n: f
 COLUMNS = {  # name: type in pandas, format, and title where it is printed
     "run": (*_TEXT, ""), "published": ("bool", str, ""), "group": (*_TEXT, "group"), "rank": (*_COUNT, ""),
     "preset": (*_TEXT, "preset"), "data": (*_TEXT, "data"), "tokenizer": (*_TEXT, "tokenizer"),
-    "parameters": (*_COUNT, "parameters"), "batch_size": (*_COUNT, "batch"), "lr": ("float", "{:.3g}".format, "rate"),
+    "parameters": (*_COUNT, "parameters"), "batch_size": (*_COUNT, "batch"),
+    "lr": ("float", "{:.3g}".format, "learning rate"),
     "optimizer": (*_TEXT, "optimizer"), "precision": (*_TEXT, "precision"), "engine": (*_TEXT, "engine"),
     "device": (*_TEXT, "device"), "peak_memory_bytes": (*_GIB, "memory"), "faithful": (*_TEXT, "faithful"),
-    "val_ppl": (*_RATIO, "PPL"), "val_loss": ("float", "{:.4f}".format, ""),
-    "val_accuracy": ("float", "{:.1%}".format, "accuracy"), "val_ppl_known": (*_RATIO, "known PPL"),
-    "val_bits_per_byte": ("float", "{:.4f}".format, "bits/byte"), "val_word_ppl": (*_RATIO, "word PPL"),
+    "val_ppl": (*_RATIO, "perplexity"), "val_loss": ("float", "{:.4f}".format, ""),
+    "val_accuracy": ("float", "{:.1%}".format, "accuracy"), "val_ppl_known": (*_RATIO, "known perplexity"),
+    "val_bits_per_byte": ("float", "{:.4f}".format, "bits a byte"), "val_word_ppl": (*_RATIO, "word perplexity"),
     "epochs": (*_RATIO, "epochs"), "steps": (*_COUNT, "steps"), "tokens_seen": (*_MILLIONS, "tokens"),
     "train_seconds": ("float", duration, "time"), "tokens_per_second": ("float", "{:,.0f}".format, "tokens/s"),
     "status": (*_TEXT, "status"), "folder": (*_TEXT, ""), "note": (*_TEXT, ""),
@@ -175,7 +176,8 @@ def _run(folder: Path, label: str, record: RunRecord, rows: list[dict[str, float
     known = {name: value for name, value in settings.items() if name not in imported.get("unknown", ())}
     note = f"not faithful: {record.faithful_reason}" if record.faithful_reason else None
     note = "imported; that it scored this text is assumed, unknown settings are left out" if imported else note
-    planned = dict(record.plan or ()).get("rate", "nan").split(":")[0]  # the peak, to three digits
+    plan = dict(record.plan or ())
+    planned = plan.get("learning rate", plan.get("rate", "nan")).split(":")[0]  # the peak, to three digits
     per_epoch, seconds = float(data.get("training_tokens") or math.nan), last.get("train_seconds") or math.nan
     tokens = per_epoch * last.get("epoch", math.nan)
     threads = (

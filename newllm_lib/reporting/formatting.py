@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+COLUMNS = {
+    "step": "step", "epoch": "epoch", "val_ppl": "perplexity", "val_accuracy": "accuracy",
+    "val_loss": "validation loss", "train_loss": "training loss", "val_ppl_known": "known perplexity",
+    "val_bits_per_byte": "bits a byte", "lr": "learning rate", "train_seconds": "seconds",
+}  # fmt: skip
+"""How the columns of a history are called, and in which order they are shown, wherever a person reads them."""
+
 
 def duration(seconds: float) -> str:
     """Seconds in the two largest units that they have: 45 s, 2 min 25 s, 3 h 5 min, 27 h."""
@@ -13,6 +20,11 @@ def duration(seconds: float) -> str:
 def counted(count: int, noun: str, plural: str = "") -> str:
     """A number of things: 1 thread, 2 threads, 1,000 steps; plural: of a noun that does not just take an s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def named_lines(lines: list[tuple[str, str]]) -> list[str]:
+    """(name, text) as lines, the texts below each other."""
+    return [f"{name:>13}  {text}" for name, text in lines]
 
 
 def ppl_text(perplexity: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ from newllm_lib.config import published
 from newllm_lib.escaping import html_text, one_line
 from newllm_lib.reporting.curves import plain_log_axis, set_epoch_axis
 from newllm_lib.reporting.diagnostics import Row, Spell, best_row, number
-from newllm_lib.reporting.formatting import duration, ppl_text
+from newllm_lib.reporting.formatting import COLUMNS, duration, named_lines, ppl_text
+from newllm_lib.reporting.step_losses import StepLosses
 from newllm_lib.reporting.sync_status import SyncStatus
 
 # --- the page ---------------------------------------------------------------------------------------------------
@@ -43,14 +45,20 @@ class View:
     loss: float = math.nan
     tokens_per_second: float = math.nan
     seconds: float | None = None
-    """Of training left, validation not counted; once the run has ended, since it was started or continued."""
+    """Left, validation and saving included; once the run has ended, since it was started or continued."""
+    validated_share: float = 0.0
+    """Of the validation that is running."""
     rows: list[Row] = field(default_factory=list)
     spells: dict[str, Spell] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     safety: SyncStatus | None = None
     """None where there is nothing to fear."""
-    curves: str = ""
-    """A PNG in base64."""
+    plan: list[tuple[str, str]] = field(default_factory=list)
+    """(what, how much and why) of each decision; empty where the run began before."""
+    losses: StepLosses = field(default_factory=StepLosses)
+    """Of the steps since the run was started or continued."""
+    curves: list[str] = field(default_factory=list)
+    """PNGs in base64, as `curves_pngs` gives them."""
 
     @property
     def ended(self) -> bool:
@@ -60,8 +68,8 @@ class View:
 
 def page(view: View) -> str:
     """HTML in the colours of the page around it; every text in it escaped."""
-    parts = (_title(view.record), _state(view), _work(view.safety), _notes(view), _picture(view.curves))
-    parts += (_table(view.rows),)
+    parts = (_title(view.record), _state(view), _work(view.safety), _plan(view), _notes(view))
+    parts += (_pictures(view.curves), _table(view.rows))
     return f'<div style="max-width:960px;font-size:13px;line-height:1.45">{"".join(parts)}</div>'
 
 
@@ -96,12 +104,12 @@ def _state(view: View) -> str:
         return ""
     left = "–" if view.seconds is None else duration(view.seconds)
     cells = (
-        ("status", view.status),
+        ("status", f"validating, {view.validated_share:.0%}" if view.status == "validating" else view.status),
         ("epoch", f"{view.epoch:.2f}"),
         ("step", f"{view.step:,} of {view.total_steps:,}"),
         ("loss", _figure(view.loss, ".3f")),
         ("tokens/s", _figure(view.tokens_per_second, ",.0f")),
-        ("ran for" if view.ended else "training left", left),
+        ("ran for" if view.ended else "time left", left),
     )
     shown = "".join(
         f'<div style="flex:1 1 0;min-width:84px;white-space:nowrap;overflow:hidden"><div style="opacity:.7;'
@@ -127,6 +135,17 @@ def _work(safety: SyncStatus | None) -> str:
     return f'<div style="font-size:12px;{look}">{mark}your work: {html_text(safety.text)}</div>'
 
 
+def _plan(view: View) -> str:
+    """Every decision; folded away once there is something else to look at."""
+    if not view.plan:
+        return ""
+    lines = "".join(_note(line, False) for line in named_lines(view.plan))
+    return (
+        f'<details{"" if view.rows else " open"} style="margin:6px 0"><summary style="cursor:pointer">the plan: '
+        f"each decision and its reason</summary>{lines}</details>"
+    )
+
+
 def _notes(view: View) -> str:
     """What the history warns of, then the messages, warnings marked."""
     spells = sorted(view.spells.values(), key=lambda spell: not spell.active)
@@ -139,21 +158,25 @@ def _notes(view: View) -> str:
 
 
 def _note(text: str, warning: bool, active: bool = True) -> str:
-    # the indent continues a line of the plan under its text, right of the name in twelve columns
-    indent = "padding-left:1ch" if warning else "padding-left:13ch;text-indent:-12ch"
+    # the indent continues a line of the plan under its text, right of the name in fifteen columns
+    indent = "padding-left:1ch" if warning else "padding-left:16ch;text-indent:-15ch"
     mark = "<b>\N{WARNING SIGN}\N{VARIATION SELECTOR-15} warning</b> " if warning else ""
     edge = f"border-left:3px solid {ORANGE};margin:3px 0" if warning else "border-left:3px solid transparent"
     style = f"{MONOSPACE};white-space:pre-wrap;overflow-wrap:anywhere;{indent};{edge}"
     return f'<div style="{style}{"" if active else ";opacity:.6"}">{mark}{html_text(text)}</div>'
 
 
-def _picture(curves: str) -> str:
+def _pictures(curves: list[str]) -> str:
+    """Side by side where there is room for two, else one below the other."""
     if not curves:
         return ""
-    return (
-        f'<img alt="loss, perplexity and accuracy over epochs" width="{CURVES_SIZE[0]}" height="{CURVES_SIZE[1]}" '
-        f'style="max-width:100%;height:auto" src="data:image/png;base64,{curves}">'
+    width, height = CURVE_SIZE
+    pictures = "".join(
+        f'<img alt="{title} over epochs" width="{width}" height="{height}" style="flex:1 1 {width - 10}px;'
+        f'min-width:min(301px,100%);max-width:min(420px,100%);height:auto" src="data:image/png;base64,{curve}">'
+        for title, curve in zip(TITLES, curves, strict=True)
     )
+    return f'<div style="display:flex;flex-wrap:wrap;gap:4px">{pictures}</div>'
 
 
 def visible_rows(rows: list[Row]) -> tuple[list[Row], int]:
@@ -168,19 +191,18 @@ def _table(rows: list[Row]) -> str:
     if not rows:
         return ""
     lossless = rows[-1].get("val_bits_per_byte") is not None
-    last = ("bits a byte", "val_bits_per_byte", ".4f") if lossless else ("known PPL", "val_ppl_known", ".2f")
-    columns = [
-        ("epoch", "epoch", ".2f"), ("step", "step", ",d"), ("train loss", "train_loss", ".4f"),
-        ("val loss", "val_loss", ".4f"), ("val PPL", "val_ppl", ".2f"), ("accuracy", "val_accuracy", ".2%"),
-        last, ("rate", "lr", ".2e"), ("seconds", "train_seconds", ",.1f"),
-    ]  # fmt: skip
+    forms = {
+        "step": ",d", "epoch": ".2f", "val_ppl": ".2f", "val_accuracy": ".2%", "val_loss": ".4f", "train_loss": ".4f",
+        **({"val_bits_per_byte": ".4f"} if lossless else {"val_ppl_known": ".2f"}), "lr": ".2e",
+        "train_seconds": ",.1f",
+    }  # fmt: skip
     best, (shown, hidden) = best_row(rows), visible_rows(rows)
-    lines = [_table_line("".join(_cell(title, "th") for title, _, _ in columns))]
+    lines = [_table_line("".join(_cell(COLUMNS[name], "th") for name in forms))]
     for row in shown:
         if hidden and row is rows[-LAST_ROWS]:  # the gap is just before the last rows
             text = f"{hidden:,} earlier {'row is' if hidden == 1 else 'rows are'} not shown; history.csv has them all"
             lines.append(_table_line(f'<td colspan="9" style="text-align:center;opacity:.7;padding:2px">{text}</td>'))
-        cells = [_figure(number(row, name), form) for _, name, form in columns]
+        cells = [_figure(number(row, name), form) for name, form in forms.items()]
         if row is best:
             cells[0] = f"\N{BLACK STAR} {cells[0]}"
         lines.append(_table_line("".join(map(_cell, cells)), marked=row is best))
@@ -194,7 +216,8 @@ def _table_line(cells: str, marked: bool = False) -> str:
 
 
 def _cell(text: str, tag: str = "td") -> str:
-    return f'<{tag} style="text-align:right;padding:2px 6px;white-space:nowrap;overflow:hidden">{text}</{tag}>'
+    wrap = "normal" if tag == "th" else "nowrap"
+    return f'<{tag} style="text-align:right;padding:2px 6px;white-space:{wrap};overflow:hidden">{text}</{tag}>'
 
 
 def _figure(value: float, form: str) -> str:
@@ -207,11 +230,13 @@ def _figure(value: float, form: str) -> str:
 # --- the curves -------------------------------------------------------------------------------------------------
 
 
-CURVES_SIZE = (960, 270)
-"""Width and height on the page (CSS pixels)."""
+CURVE_SIZE = (311, 262)
+"""Width and height of one of them on the page (CSS pixels): three fit side by side."""
+
+TITLES = ("loss (nats a token)", "perplexity", "accuracy (%)")
 
 LOOK = {
-    "figure.figsize": (CURVES_SIZE[0] / 100, CURVES_SIZE[1] / 100), "figure.dpi": 150, "font.size": 8,
+    "figure.figsize": (CURVE_SIZE[0] / 100, CURVE_SIZE[1] / 100), "figure.dpi": 150, "font.size": 8,
     "axes.titlesize": 9, "legend.fontsize": 7, "legend.frameon": False, "lines.linewidth": 1.5,
     "lines.markersize": 3, "axes.grid": True, "grid.alpha": 0.3, "axes.facecolor": "none", "figure.facecolor": "none",
     **dict.fromkeys(
@@ -220,43 +245,60 @@ LOOK = {
 }  # fmt: skip
 
 
-def curves_png(record: dict[str, Any] | None, history: list[Row]) -> bytes:
-    """Loss, perplexity and accuracy over epochs as a transparent PNG; the published curve dashed where it compares."""
+def curves_pngs(record: dict[str, Any] | None, history: list[Row], losses: StepLosses | None = None) -> list[bytes]:
+    """Loss, perplexity and accuracy over epochs as transparent PNGs; the published curve dashed where it compares.
+
+    losses: of the steps, drawn faintly, with their moving average.
+    """
+    name = record["preset"] if record and record["published_protocol"] else None
+    known = published.RUNS.get(name)
+    epochs = [row["epoch"] for row in history]
+
+    def draw_loss(axes) -> None:
+        if losses and losses.points:
+            axes.plot(*zip(*losses.points, strict=True), color=ORANGE, alpha=0.25, linewidth=0.8)
+            axes.plot(*zip(*losses.smoothed(), strict=True), color=ORANGE, label="training")
+        if history:
+            line, label = ("o", "") if losses and losses.points else ("o-", "training")
+            axes.plot(epochs, _drawn(history, "train_loss"), line, color=ORANGE, label=label)
+            axes.plot(epochs, _drawn(history, "val_loss"), "o-", color=BLUE, label="validation")
+
+    def draw_ppl(axes) -> None:
+        axes.plot(epochs, _drawn(history, "val_ppl"), "o-", color=BLUE, label="validation" if history else "")
+        if best := best_row(history):
+            label = f"best {ppl_text(best['val_ppl'])}"
+            axes.plot(best["epoch"], best["val_ppl"], "*", color=BLUE, markersize=10, label=label)
+
+    def draw_accuracy(axes) -> None:
+        shares = [100 * share for share in _drawn(history, "val_accuracy")]
+        axes.plot(epochs, shares, "o-", color=BLUE, label="validation" if history else "")
+        if share := record and (record["validation"] or {}).get("unknown_share"):
+            axes.axhline(100 * share, color=GREY, linewidth=0.8, linestyle=":", label="always <UNK>")
+
+    panels = zip(TITLES, (draw_loss, draw_ppl, draw_accuracy), strict=True)
+    return [_panel_png(title, draw, known) for title, draw in panels]
+
+
+def _panel_png(title: str, draw: Callable[[Any], None], known: published.PublishedRun | None) -> bytes:
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
 
-    name = record["preset"] if record and record["published_protocol"] else None
-    known = published.RUNS.get(name)
     with style.context(["default", LOOK]):  # the user's own style stays out of it, and comes back
         figure = Figure()
-        loss, ppl, accuracy = figure.subplots(1, 3)
-        figure.subplots_adjust(left=0.045, right=0.995, bottom=0.13, top=0.92, wspace=0.17)
-        epochs = [row["epoch"] for row in history]
-        loss.plot(epochs, _drawn(history, "train_loss"), "o-", color=ORANGE, label="training")
-        loss.plot(epochs, _drawn(history, "val_loss"), "o-", color=BLUE, label="validation")
-        ppl.plot(epochs, _drawn(history, "val_ppl"), "o-", color=BLUE, label="validation")
-        shares = [100 * share for share in _drawn(history, "val_accuracy")]
-        accuracy.plot(epochs, shares, "o-", color=BLUE, label="validation")
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.13, right=0.985, bottom=0.135, top=0.92)
+        draw(axes)
         if known:
-            _draw_published(known, loss, ppl, accuracy)
-        if best := best_row(history):
-            ppl.plot(
-                best["epoch"],
-                best["val_ppl"],
-                "*",
-                color=BLUE,
-                markersize=10,
-                label=f"best {ppl_text(best['val_ppl'])}",
-            )
-        reached = [value for line in ppl.lines for value in line.get_ydata() if math.isfinite(value)]
-        if reached and max(reached) > 4 * min(reached):
-            plain_log_axis(ppl)
-        for axes, title in ((loss, "loss (nats a token)"), (ppl, "perplexity"), (accuracy, "accuracy (%)")):
-            axes.set_title(title)
-            axes.set_xlabel("epochs", labelpad=1)
-            set_epoch_axis(axes)
+            _draw_published(known, title, axes)
+        reached = [value for line in axes.lines for value in line.get_ydata() if math.isfinite(value)]
+        if title == "perplexity" and reached and max(reached) > 4 * min(reached):
+            plain_log_axis(axes)
+        axes.set_title(title)
+        axes.set_xlabel("epochs", labelpad=1)
+        set_epoch_axis(axes)
+        if axes.get_legend_handles_labels()[1]:
             axes.legend()
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -272,11 +314,11 @@ def _drawn(history: list[Row], name: str) -> list[float]:
     return [value if math.isfinite(value) else math.nan for value in (number(row, name) for row in history)]
 
 
-def _draw_published(known: published.PublishedRun, loss, ppl, accuracy) -> None:
+def _draw_published(known: published.PublishedRun, title: str, axes) -> None:
     dashed = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "label": "published"}
-    if known.curve:
-        ppl.plot(*zip(*known.curve, strict=True), **dashed)
-    if known.losses:
+    if title == "perplexity":
+        if known.curve:
+            axes.plot(*zip(*known.curve, strict=True), **dashed)
+    elif known.losses:
         epochs, _, validation, share = zip(*known.losses, strict=True)
-        loss.plot(epochs, validation, **dashed)
-        accuracy.plot(epochs, share, **dashed)
+        axes.plot(epochs, share if title.startswith("accuracy") else validation, **dashed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import statistics
 import sys
 import time
 from collections import deque
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from newllm_lib.reporting.diagnostics import Row, follow
-from newllm_lib.reporting.notebook_page import View, curves_png, page, summary
+from newllm_lib.reporting.notebook_page import View, curves_pngs, page, summary
 from newllm_lib.reporting.progress import Progress, TerminalProgress, rows_before
 from newllm_lib.reporting.sync_status import SyncStatus, unsaved
 from newllm_lib.system.console import in_kernel
@@ -37,9 +36,8 @@ class NotebookProgress(Progress):
         self._drawing = False
         self._begun = self._clock()
         self._updates: deque[float] = deque(maxlen=2)
-        self._durations: deque[float] = deque(maxlen=64)
-        self._last_step: float | None = None
-        self._followed = self._plotted = 0  # rows of the history
+        self._followed = 0  # rows of the history
+        self._plotted = (0, 0)  # rows and step losses
         self._next_curves = -math.inf
         self._unshown: list[tuple[str, tuple]] = []  # what plain lines would have to say first
 
@@ -50,9 +48,19 @@ class NotebookProgress(Progress):
         """
         if self._view.ended:
             self._start()
-        self._view.record, self._view.rows = record, list(history)
+        view = self._view
+        view.record, view.rows = record, list(history)
+        if record.get("status") != "running":  # it has ended, and is only shown
+            view.step, view.total_steps = record.get("step") or 0, record.get("total_steps") or 0
+            view.epoch = history[-1]["epoch"] if history else 0.0
         self._hand_over("begin", record, history)
         self._show(important=True)
+
+    def plan(self, lines: list[tuple[str, str]]) -> None:
+        """Show the plan, until there is a validation to look at; from then on it can be opened."""
+        self._view.plan = list(lines)
+        self._hand_over("plan", lines)
+        self._show()
 
     def message(self, text: str) -> None:
         """Show a line above the table."""
@@ -63,18 +71,16 @@ class NotebookProgress(Progress):
 
     def step(self, step: int, total_steps: int, epoch: float, loss: float, tokens_per_second: float) -> None:
         """Move the bar."""
-        now, view = self._clock(), self._view
-        if self._last_step is not None:
-            self._durations.append(now - self._last_step)
-        self._last_step = now
+        view = self._view
         view.status, view.step, view.total_steps = "training", step, total_steps
         view.epoch, view.loss, view.tokens_per_second = epoch, loss, tokens_per_second
+        view.losses.add(epoch, loss)
         self._hand_over("step", step, total_steps, epoch, loss, tokens_per_second)
         self._show()
 
     def evaluating(self) -> None:
         """Say so, as the bar stands still meanwhile."""
-        self._view.status = "validating"
+        self._view.status, self._view.validated_share = "validating", 0.0
         self._hand_over("evaluating")
         self._show(important=True)
 
@@ -85,11 +91,21 @@ class NotebookProgress(Progress):
         kept = rows_before(view.rows, row)
         if len(kept) < len(view.rows):
             self._followed, view.spells = 0, {}
-            self._plotted = min(self._plotted, len(kept))
+            self._plotted = (0, 0)
         view.rows = [*kept, row]
         self._hand_over("validated", row, best)
         self._show(important=True)
-        self._last_step = self._clock()  # so that the validation counts for no step
+
+    def validating(self, share: float) -> None:
+        """Move the share that the status tells."""
+        self._view.validated_share = share
+        self._hand_over("validating", share)
+        self._show()
+
+    def time_left(self, seconds: float | None) -> None:
+        """Shown with the next step."""
+        self._view.seconds = seconds
+        self._hand_over("time_left", seconds)
 
     def watch(self, safety: Callable[[], SyncStatus] | None) -> None:
         """Show from here on how safe the work is."""
@@ -111,7 +127,7 @@ class NotebookProgress(Progress):
         """To the plain lines, if it has come to that; else keep what they would have to repeat."""
         if self._plain is not None:
             getattr(self._plain, event)(*details)
-        elif event in ("message", "validated"):
+        elif event in ("plan", "message", "validated"):
             self._unshown.append((event, details))
 
     def _show(self, important: bool = False, always: bool = False) -> None:
@@ -141,21 +157,27 @@ class NotebookProgress(Progress):
         while self._followed < len(view.rows):
             self._followed += 1
             view.spells = follow(view.spells, view.rows[: self._followed], share)
-        if self._plotted < len(view.rows) and (view.ended or now >= self._next_curves):
-            self._plotted = len(view.rows)
-            view.curves = base64.b64encode(curves_png(view.record, view.rows)).decode()
+        drawn = (len(view.rows), len(view.losses.points))
+        if drawn != self._plotted and any(drawn) and (view.ended or now >= self._next_curves):
+            self._plotted = drawn
+            view.curves = [
+                base64.b64encode(image).decode() for image in curves_pngs(view.record, view.rows, view.losses)
+            ]
             self._next_curves = now + min(10.0, 20 * (self._clock() - now))
-        left = statistics.median(self._durations) * (view.total_steps - view.step) if self._durations else None
-        view.seconds = now - self._begun if view.ended else left
+        if view.ended:
+            view.seconds = now - self._begun if view.losses.points else None
         view.safety = self._safety()
-        data = {"text/html": page(view), "text/plain": summary(view)}
+        self._put({"text/html": page(view), "text/plain": summary(view)})
+        self._unshown.clear()
+
+    def _put(self, data: dict[str, str]) -> None:
+        """Show a page in the place of the one before: MIME type -> text."""
         if self._handle is None:
             from IPython.display import display
 
             self._handle = display(data, raw=True, display_id=True)
         else:
             self._handle.update(data, raw=True)
-        self._unshown.clear()
 
     def _fall_back(self, error: Exception) -> None:
         """Plain lines from here on, beginning with what the page does not show."""

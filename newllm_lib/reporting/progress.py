@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from newllm_lib.escaping import say
 from newllm_lib.reporting.diagnostics import Row, Spell, follow
-from newllm_lib.reporting.formatting import duration, ppl_text
+from newllm_lib.reporting.formatting import COLUMNS, duration, named_lines, ppl_text
 from newllm_lib.reporting.sync_status import SyncStatus
 from newllm_lib.system.console import UnfailingStream
 
@@ -28,11 +28,22 @@ class Progress:
     def message(self, text: str) -> None:
         """A line that the user should read: a decision, a warning, how to go on."""
 
+    def plan(self, lines: list[tuple[str, str]]) -> None:
+        """(what, how much and why) of each decision of a run that begins; here each is a message."""
+        for line in named_lines(lines):
+            self.message(line)
+
     def step(self, step: int, total_steps: int, epoch: float, loss: float, tokens_per_second: float) -> None:
         """One optimizer step has ended."""
 
     def evaluating(self) -> None:
         """A validation begins, during which no step ends."""
+
+    def validating(self, share: float) -> None:
+        """So much of a validation is done, above 0 to 1."""
+
+    def time_left(self, seconds: float | None) -> None:
+        """How long the run will still take, validation and saving included; None where that is not known."""
 
     def validated(self, row: dict[str, Any], best: bool) -> None:
         """A row was added to the history."""
@@ -44,7 +55,10 @@ class Progress:
         """The run has ended, in whatever way."""
 
 
-HEADER = f"{'epoch':>7} {'step':>9} {'train loss':>11} {'val loss':>9} {'val PPL':>9} {'accuracy':>9} {'seconds':>9}"
+_WIDTHS = {
+    "step": 9, "epoch": 7, "val_ppl": 11, "val_accuracy": 9, "val_loss": 16, "train_loss": 14, "train_seconds": 9,
+}  # fmt: skip
+HEADER = " ".join(f"{COLUMNS[name]:>{width}}" for name, width in _WIDTHS.items())
 
 
 def rows_before(history: list[Row], row: Row) -> list[Row]:
@@ -54,10 +68,12 @@ def rows_before(history: list[Row], row: Row) -> list[Row]:
 
 def table_line(row: dict[str, Any], best: bool) -> str:
     """A row of the history under HEADER; the best one so far is marked."""
-    return (
-        f"{row['epoch']:7.2f} {row['step']:9,d} {row['train_loss']:11.4f} {row['val_loss']:9.4f} "
-        f"{ppl_text(row['val_ppl']):>9} {row['val_accuracy']:9.2%} {row['train_seconds']:9,.1f}{' *' if best else ''}"
-    )
+    cells = {
+        "step": f"{row['step']:,d}", "epoch": f"{row['epoch']:.2f}", "val_ppl": ppl_text(row["val_ppl"]),
+        "val_accuracy": f"{row['val_accuracy']:.2%}", "val_loss": f"{row['val_loss']:.4f}",
+        "train_loss": f"{row['train_loss']:.4f}", "train_seconds": f"{row['train_seconds']:,.1f}",
+    }  # fmt: skip
+    return " ".join(f"{cells[name]:>{width}}" for name, width in _WIDTHS.items()) + (" *" if best else "")
 
 
 class TerminalProgress(Progress):
@@ -67,12 +83,12 @@ class TerminalProgress(Progress):
         self._stream = UnfailingStream(stream or sys.stderr)
         self._line_seconds = line_seconds
         self._bar: tqdm | None = None
-        self._started: tuple[float, int] | None = None
-        self._last_line = 0.0
+        self._last_line: float | None = None
         self._header_shown = False
         self._unknown_share: float | None = None
         self._history: list[dict[str, Any]] = []
         self._spells: dict[str, Spell] = {}
+        self._left: float | None = None
         self._safety: Callable[[], SyncStatus] | None = None
         self._told_safety: list[SyncStatus] = []
 
@@ -101,15 +117,14 @@ class TerminalProgress(Progress):
         """Move the bar, or print a line when the last one is old enough."""
         self._tell_safety()
         now = time.monotonic()
-        if self._started is None:
-            self._started, self._last_line = (now, step - 1), now
-        detail = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+        if self._last_line is None:
+            self._last_line = now
+        left = "" if self._left is None else f", {duration(self._left)} left"
+        detail = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s{left}"
         if self._stream.isatty():
             self._move_bar(step, total_steps, epoch, detail)
         elif now - self._last_line >= self._line_seconds:
-            begun, first = self._started
-            left = (now - begun) / max(1, step - first) * (total_steps - step)
-            self.message(f"step {step:,} of {total_steps:,} (epoch {epoch:.2f}): {detail}, {duration(left)} left")
+            self.message(f"step {step:,} of {total_steps:,} (epoch {epoch:.2f}): {detail}")
             self._last_line = now
 
     def _move_bar(self, step: int, total_steps: int, epoch: float, detail: str) -> None:
@@ -118,7 +133,7 @@ class TerminalProgress(Progress):
                 total=total_steps,
                 initial=step - 1,
                 unit="step",
-                bar_format="{l_bar}{bar}| {n:,} of {total:,} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+                bar_format="{l_bar}{bar}| {n:,} of {total:,} [{elapsed}, {rate_fmt}{postfix}]",
                 mininterval=0.5,
                 file=self._stream,
                 dynamic_ncols=True,
@@ -128,9 +143,21 @@ class TerminalProgress(Progress):
         self._bar.update(step - self._bar.n)
 
     def evaluating(self) -> None:
-        """Say so in the bar, which stands still meanwhile."""
+        """Say so in the bar."""
+        self._show_validation("validating")
+
+    def validating(self, share: float) -> None:
+        """Move the share in the bar."""
+        self._show_validation(f"validating, {share:.0%}")
+
+    def _show_validation(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str("validating", refresh=True)
+            left = "" if self._left is None else f", {duration(self._left)} left"
+            self._bar.set_postfix_str(text + left, refresh=True)
+
+    def time_left(self, seconds: float | None) -> None:
+        """Shown with the next step."""
+        self._left = seconds
 
     def validated(self, row: dict[str, Any], best: bool) -> None:
         """Print the row, the first time under its heading; and what it warns of, unless the row before did too."""

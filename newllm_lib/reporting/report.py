@@ -12,7 +12,7 @@ from newllm_lib.config.portable import portable
 from newllm_lib.escaping import markdown_block, markdown_code, markdown_text, one_line
 from newllm_lib.reporting import curves
 from newllm_lib.reporting.diagnostics import best_row, every_spell
-from newllm_lib.reporting.formatting import counted, markdown_table, ppl_text
+from newllm_lib.reporting.formatting import COLUMNS, counted, markdown_table, ppl_text
 from newllm_lib.reporting.record import (  # noqa: F401, nl.report has them
     CURVES,
     REPORT,
@@ -304,22 +304,22 @@ def _when(row: dict[str, Any]) -> tuple[str, str]:
 def _history_table(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
     best = record["best"] or {"step": None, "epoch": None}
     lossless = any(_is_lossless(row) for row in history)
+    last = "val_bits_per_byte" if lossless else "val_ppl_known"
     rows = [
         (
-            f"{row['epoch']:.2f}",
             _cell(row, "step", ","),
-            _cell(row, "train_loss", ".4f"),
-            _cell(row, "val_loss", ".4f"),
+            f"{row['epoch']:.2f}",
             f"**{ppl_text(row['val_ppl'])}**"
             if (row["step"], row["epoch"]) == (best["step"], best["epoch"])
             else _cell_ppl(row, "val_ppl"),
             _cell(row, "val_accuracy", ".2%"),
-            _cell(row, "val_bits_per_byte", ".4f") if lossless else _cell_ppl(row, "val_ppl_known"),
+            _cell(row, "val_loss", ".4f"),
+            _cell(row, "train_loss", ".4f"),
+            _cell(row, last, ".4f") if lossless else _cell_ppl(row, last),
             _cell(row, "lr", ".2e"),
             _cell(row, "train_seconds", ",.1f"),
         )
         for row in history
     ]
-    last = "bits a byte" if lossless else "known PPL"
-    titles = ("epoch", "step", "train loss", "val loss", "val PPL", "accuracy", last, "rate", "seconds")
-    return markdown_table(titles, rows)
+    names = ("step", "epoch", "val_ppl", "val_accuracy", "val_loss", "train_loss", last, "lr", "train_seconds")
+    return markdown_table(tuple(COLUMNS[name] for name in names), rows)

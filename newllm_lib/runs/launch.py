@@ -19,6 +19,7 @@ from newllm_lib.runs.lock import RunLock, refuse_several_processes
 from newllm_lib.runs.mirror import Mirror
 from newllm_lib.runs.recorder import Recorder, command, write_pages
 from newllm_lib.runs.run import Run
+from newllm_lib.runs.stop_file import STOP, StopFile
 from newllm_lib.system.console import in_kernel
 from newllm_lib.training.observers import Observer
 from newllm_lib.training.trainer import Trainer
@@ -66,20 +67,22 @@ def _launch(
     _continue(trainer, earlier, progress)
     if trainer.ended() and (earlier.status, earlier.step) == (trainer.ended(), trainer.state.step):
         progress.message(f"this run has already {trainer.ended()}: {folder} ({_how_to_extend(trainer)})")
+        progress.begin(earlier, trainer.state.history)
         _renew_pages(folder, earlier, trainer.state.history, progress)
         if mirror:
             mirror.close(progress.message)
         return Run(folder)
     recorder = Recorder(trainer, folder, earlier)
     if not trainer.state.step:
-        for name, text in recorder.record.plan:
-            progress.message(f"{name:>10}  {text}")
+        progress.plan(recorder.record.plan)
     elif setup.precision.substituted:
         progress.message(f"warning: precision {setup.precision.name}: {setup.precision.reason}")
     if reason := recorder.record.faithful_reason:
         progress.message(f"warning: not faithful to the published run: {reason}")
     progress.begin(recorder.record, trainer.state.history)
-    trainer.observers += [recorder, *([_RequestCopy(mirror)] if mirror else [])]
+    if in_kernel():
+        progress.message(f"to stop and save: interrupt the kernel, or create the file {folder / STOP}")
+    trainer.observers += [recorder, StopFile(folder), *([_RequestCopy(mirror)] if mirror else [])]
     watch(trainer)
     return _fit(trainer, recorder, progress, mirror)
 
@@ -159,8 +162,7 @@ def _continue(trainer: Trainer, earlier: RunRecord, progress: Progress) -> None:
         return  # which is told instead
     speed = estimate_speed(setup, measure=False)
     if speed and state.step < total:
-        seconds = speed.training_seconds(setup) * (total - state.step) / total
-        text += f", about {duration(seconds)} of training left"
+        text += f", about {duration(speed.total_seconds(setup, state.step))} left"
     progress.message(f"continuing {trainer.checkpoints.run} from {path.name}: {text}")
 
 
@@ -169,6 +171,8 @@ def _how_to_extend(trainer: Trainer) -> str:
         return "to train longer, raise patience; to start over, pass fresh=True (--fresh)"
     decays = trainer.setup.config.train.lr_schedule != "constant"
     longer = "raise epochs, or max_steps" + (" together with decay_steps" if decays else "")
+    if in_kernel():  # whose notebook has its own words for its own fields
+        return "to start over, pass fresh=True"
     return f"to train longer, {longer}; to start over, pass fresh=True (--fresh)"
 
 

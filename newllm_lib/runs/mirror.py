@@ -48,10 +48,10 @@ def check_mirror_dir(folder: Path, mirror_dir: str | Path) -> None:
     """ConfigError where the copy of a run's folder cannot be kept: `mirror_dir` is no folder, or holds the run."""
     if not Path(mirror_dir).is_dir():  # never made here: under a drive that is not mounted it would be no copy
         raise ConfigError(
-            f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be a folder that exists; make it, or mount its drive"
+            f"mirror_dir = {str(mirror_dir)!r}: must be a folder that exists; make it, or mount its drive"
         )
     if Path(mirror_dir).resolve() == folder.parent.resolve():
-        raise ConfigError(f"RunConfig.mirror_dir = {str(mirror_dir)!r}: must be another folder than results_dir")
+        raise ConfigError(f"mirror_dir = {str(mirror_dir)!r}: must be another folder than results_dir")
 
 
 class Mirror:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ class Recorder(Observer):
         setup, state = self.trainer.setup, self.trainer.state
         faithful, reason = self._faithful(earlier)
         speed = estimate_speed(setup, measure=False)
+        self.trainer.time_left.expected_validation = speed and speed.validation_seconds
         began_on = earlier.began_on if state.step else ""
         lines = plan_lines(setup, str(self.folder), state.decay_steps, speed, state.warmup_steps, began_on)
         plan = [(name, impersonal(text)) for name, text in lines]
@@ -107,7 +109,7 @@ class Recorder(Observer):
             self._export_best()
         self.record.samples = self._samples() if status != "running" else []
         if len(history) > self._rows_before and history[-1]["train_seconds"] >= LEAST_SECONDS:
-            Store(self.trainer.setup.machine).keep_speed(self.trainer.setup, history[-1]["tokens_per_second"])
+            self._keep_speed(history[-1]["tokens_per_second"])
         self._update_record(status)
         if status == "running":
             write_record(self.folder, self.record)
@@ -117,6 +119,14 @@ class Recorder(Observer):
         else:
             write_pages(self.folder, self.record, history, self.trainer.progress.message)
             write_record(self.folder, self.record)
+
+    def _keep_speed(self, tokens_per_second: float) -> None:
+        """For later plans on this machine."""
+        setup, times = self.trainer.setup, self.trainer.validation_times
+        scoring = statistics.median(time.scoring for time in times)
+        saving = statistics.median(time.saving for time in times)
+        validation = (setup.validation_split.num_tokens / scoring, saving)
+        Store(setup.machine).keep_speed(setup, tokens_per_second, validation)
 
     def _export_best(self) -> None:
         """model/ from the best checkpoint: a run may have ended between the two."""

@@ -85,7 +85,7 @@ def detect(device: str = "auto", threads: int | None = None) -> Machine:
         kind, index = device, 0
     if kind != "cuda" or index >= torch.cuda.device_count():
         there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise ConfigError(f"TrainConfig.device = {device!r}: must be auto, {', '.join(there)} on this machine")
+        raise ConfigError(f"device = {device!r}: must be auto, {', '.join(there)} on this machine")
     properties = torch.cuda.get_device_properties(index)
     return Machine(
         device=f"cuda:{index}",

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from newllm_lib.config import ModelConfig
+from newllm_lib.reporting.formatting import duration
 from newllm_lib.training.setup import Setup
+
+FAR_APART = 10
+"""Updates between two validations from which on two that are a single update apart are one."""
 
 
 class Speed(NamedTuple):
@@ -15,10 +19,43 @@ class Speed(NamedTuple):
     """Real targets, validation left out."""
     basis: str
     """In words: what was measured, and what was scaled to it."""
+    validation_seconds: float | None = None
+    """Of one validation and the saving after it; None where that was never measured."""
 
-    def training_seconds(self, setup: Setup) -> float:
-        """Of the whole run, validations left out."""
-        return setup.total_steps * setup.train_split.num_tokens / setup.steps_per_epoch / self.tokens_per_second
+    def training_seconds(self, setup: Setup, done: int = 0) -> float:
+        """Of the steps that are left after `done` ones, validations left out."""
+        left = max(0, setup.total_steps - done)
+        return left * setup.train_split.num_tokens / setup.steps_per_epoch / self.tokens_per_second
+
+    def total_seconds(self, setup: Setup, done: int = 0) -> float:
+        """Of what is left after `done` steps, with validation and saving as far as they were measured."""
+        return self.training_seconds(setup, done) + (self.validation_seconds or 0) * validations_left(setup, done)
+
+    def total_text(self, setup: Setup, done: int = 0) -> str:
+        """The time that is left, and how that is known."""
+        counted = "included" if self.validation_seconds is not None else "not counted"
+        return (
+            f"about {duration(self.total_seconds(setup, done))}, validation and saving {counted} "
+            f"({self.tokens_per_second:,.0f} tokens/s, {self.basis})"
+        )
+
+
+def validations_left(setup: Setup, done: int = 0) -> int:
+    """Validations of a run after `done` steps: every `validate_every_steps`, and at the ends of epochs and of the run.
+
+    As `Trainer` does, one that is a single step away from such an end is left out.
+    """
+    total, epoch, every = setup.total_steps, setup.steps_per_epoch, setup.config.train.validate_every_steps
+    ends = {*range(epoch * (done // epoch + 1), total, epoch), total} if done < total else set()
+    if not every:
+        return len(ends)
+    near = {0} if every < FAR_APART else {-1, 0, 1}
+    between = total // every - done // every
+    return (
+        len(ends)
+        + between
+        - sum((end + shift) % every == 0 for end in ends for shift in near if done < end + shift <= total)
+    )
 
 
 def matrix_parameters(config: ModelConfig) -> int:

@@ -22,6 +22,7 @@ class ObservedTrainer(Protocol):
     on_step: Callable[[StepResult], None]
     on_validation: Callable[[bool], None]
     on_save: Callable[[], None]
+    request_stop: Callable[[], None]
 
 
 class Observer:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from newllm_lib.config import FlatField, RunConfig, flat_fields, presets, published
-from newllm_lib.reporting.formatting import counted, duration
+from newllm_lib.reporting.formatting import counted
 from newllm_lib.system.console import notebook_gpu
 from newllm_lib.system.hardware import Machine
 from newllm_lib.training.estimates import Speed, memory_estimate_bytes
@@ -75,7 +75,7 @@ def plan_lines(
                   + (f"; {setup.batch_reason}" if setup.batch_reason else "")),
         ("steps", f"{setup.total_steps:,} ({setup.steps_per_epoch:,} an epoch, "
                   f"{setup.total_steps / setup.steps_per_epoch:.2f} epochs)"),
-        ("rate", _rate_line(setup, decay_steps, warmup_steps)),
+        ("learning rate", _rate_line(setup, decay_steps, warmup_steps)),
         ("memory", f"about {memory_estimate_bytes(setup) / 2**30:.1f} GiB for training, of "
                    f"{setup.machine.memory_bytes / 2**30:.1f} GiB (an estimate from the shapes)"),
     ]  # fmt: skip
@@ -85,8 +85,7 @@ def plan_lines(
     if warnings := setup.prepared.warnings:
         lines.append(("warning", "; ".join(warnings)))
     if speed:
-        lines.append(("time", f"about {duration(speed.training_seconds(setup))} of training, validation not counted "
-                              f"({speed.tokens_per_second:,.0f} tokens/s, {speed.basis})"))  # fmt: skip
+        lines.append(("time", speed.total_text(setup)))
     return lines
 
 

@@ -153,4 +153,4 @@ def check_batch(config: RunConfig, split: Split) -> None:
     batch, most = config.train.batch_size, largest_batch(split, config)
     if batch > most:
         unit = "training sequences" if config.data.layout == "windows" else "full sequences for a lane each"
-        raise ConfigError(f"TrainConfig.batch_size = {batch}: must be at most {most}, the number of {unit}")
+        raise ConfigError(f"batch_size = {batch}: must be at most {most}, the number of {unit}")

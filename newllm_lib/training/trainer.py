@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from newllm_lib.training import schedule, skips
 from newllm_lib.training.batches import Batches, mix_seed
 from newllm_lib.training.checkpoint import Checkpoints
 from newllm_lib.training.early_stopping import EarlyStopping
+from newllm_lib.training.estimates import FAR_APART
 from newllm_lib.training.interrupt import StopRequest
 from newllm_lib.training.micro_batches import AdaptiveMicroBatch
 from newllm_lib.training.observers import CallFunctions, Observer, ReportProgress
@@ -28,9 +31,16 @@ from newllm_lib.training.saving import Saver, make_payload, restore_payload
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.state import TrainState
 from newllm_lib.training.step import StepResult, TrainingStep
+from newllm_lib.training.time_left import TimeLeft
 
-_FAR_APART = 10
-"""Updates between two validations from which on two that are a single update apart are one."""
+
+@dataclass
+class ValidationTime:
+    """What a validation took, in seconds."""
+
+    scoring: float
+    saving: float = 0.0
+    """The best checkpoint, and what observers write."""
 
 
 class Trainer:
@@ -44,7 +54,8 @@ class Trainer:
         """model: on the setup's device; it is trained in place."""
         self.setup, self.model, self.checkpoints = setup, model, checkpoints
         self.progress = progress or Progress()
-        self.observers: list[Observer] = [ReportProgress(), CallFunctions()]
+        self.time_left = TimeLeft()
+        self.observers: list[Observer] = [self.time_left, ReportProgress(), CallFunctions()]
         self.on_step: Callable[[StepResult], None] = lambda result: None
         self.on_validation: Callable[[bool], None] = lambda improved: None
         self.on_save: Callable[[], None] = lambda: None
@@ -58,6 +69,9 @@ class Trainer:
         self._early_stopping = EarlyStopping(train.patience, train.min_delta)
         self._saver = Saver(checkpoints)
         self._stop = StopRequest(self.progress)
+        self.validation_times: deque[ValidationTime] = deque(maxlen=64)
+        """What the last validations of this process took."""
+        self._scored_at = 0.0
         self._mid_step = False  # whether an exception may have left a step half done
         common = {"machine": setup.machine, "log": self.progress.message}
         rows, whole = train.micro_batch_size or train.batch_size, f"the batch of {train.batch_size}"
@@ -114,11 +128,14 @@ class Trainer:
             return
         epoch_ended = self._count(result, time.perf_counter() - started)
         self._notify("on_step", result)
-        if self._validation_is_due(result, epoch_ended):
+        validated = self._validation_is_due(result, epoch_ended)
+        if validated:
             self._validate()
         self._save_if_due(epoch_ended)
         if self._saver.saves > saves:
             self._notify("on_save")
+        if validated:
+            self.validation_times[-1].saving = time.perf_counter() - self._scored_at
 
     def _follow_schedule(self) -> None:
         """Learning rate and clipping of the next step."""
@@ -169,12 +186,13 @@ class Trainer:
             return False
         to_the_end = min(setup.total_steps - step, setup.steps_per_epoch - self.state.batch)
         since = step - self.state.history[-1]["step"] if self.state.history else step
-        return every < _FAR_APART or min(to_the_end, since) > 1
+        return every < FAR_APART or min(to_the_end, since) > 1
 
     def _validate(self) -> None:
         """Score the validation split, add a row to the history, keep the best weights."""
         setup, state, training_step = self.setup, self.state, self.training_step
         self._notify("on_validation_start")
+        started = time.perf_counter()
         scores = evaluate_split(
             self.model,
             setup.validation_split,
@@ -182,7 +200,10 @@ class Trainer:
             batch_size=self._eval_batch.rows,
             engine=setup.engine.run,
             fewer=self._eval_batch.halve,
+            each=self.progress.validating,
         )
+        self._scored_at = time.perf_counter()
+        self.validation_times.append(ValidationTime(self._scored_at - started))
         row = state.add_row(
             scores,
             steps_per_epoch=setup.steps_per_epoch,

@@ -112,7 +112,7 @@ def search_batch(
         raise ConfigError(f"memory_share = {memory_share!r}: must be a number above 0 to 1")
     if policy != "recipe" and train.micro_batch_size:
         raise ConfigError(
-            f"TrainConfig.micro_batch_size = {train.micro_batch_size}: must be none with batch_policy {policy}, which "
+            f"micro_batch_size = {train.micro_batch_size}: must be none with batch_policy {policy}, which "
             "finds a batch that fits in one piece"
         )
     memory = memory or memory_of(setup.machine)

@@ -19,6 +19,8 @@ from newllm_lib.training.setup import Setup
 VERSION = 4
 """Raise it when what is kept, or what it was measured with, changes its meaning (4: Muon in the run's format)."""
 _SPEED_FIELDS = {"facts", "batch_size", "rows", "tokens_per_second"}
+_VALIDATION_FIELDS = ("validation_tokens_per_second", "saving_seconds")
+"""What later versions added to a speed, where they know it."""
 _MOST = 300
 """Entries of each kind that are kept, the newest ones."""
 
@@ -79,16 +81,31 @@ class Store:
         self._add("choices", {key: choice})
 
     def speeds(self) -> list[dict[str, Any]]:
-        """Every speed that was measured: facts of the step, batch_size, rows (at a time), tokens_per_second."""
-        found = self._read()["speeds"].values()
-        return [entry for entry in found if isinstance(entry, dict) and entry.keys() == _SPEED_FIELDS]
+        """Every speed that was measured: facts of the step, batch_size, rows (at a time), tokens_per_second.
 
-    def keep_speed(self, setup: Setup, tokens_per_second: float) -> None:
-        """Remember how fast a setup trained."""
+        Some have validation_tokens_per_second and saving_seconds too.
+        """
+        found = self._read()["speeds"].values()
+        return [
+            entry
+            for entry in found
+            if isinstance(entry, dict) and entry.keys() - {*_VALIDATION_FIELDS} == _SPEED_FIELDS
+        ]
+
+    def keep_speed(self, setup: Setup, tokens_per_second: float, validation: tuple[float, float] | None = None) -> None:
+        """Remember how fast a setup trained, and where it is known how fast it validated and saved.
+
+        validation: targets scored a second, and seconds of saving what was found to be the best.
+        """
         train = setup.config.train
         rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
         step = {"facts": step_facts(setup), "batch_size": train.batch_size, "rows": rows}
-        self._add("speeds", {digest(step): step | {"tokens_per_second": tokens_per_second}})
+        name = digest(step)
+        before = self._read()["speeds"].get(name, {})
+        costs = {field: before[field] for field in _VALIDATION_FIELDS if field in before}
+        if validation:
+            costs = dict(zip(_VALIDATION_FIELDS, validation, strict=True))
+        self._add("speeds", {name: step | {"tokens_per_second": tokens_per_second} | costs})
 
     def _read(self) -> dict[str, Any]:
         empty: dict[str, Any] = {"machine": self._machine, "choices": {}, "speeds": {}}

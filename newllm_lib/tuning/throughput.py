@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from newllm_lib.system.memory import is_out_of_memory, memory_of
 from newllm_lib.training.estimates import Speed, memory_estimate_bytes
 from newllm_lib.training.setup import Setup, with_batch
 from newllm_lib.tuning.cache import Store, step_facts
-from newllm_lib.tuning.trial import time_steps
+from newllm_lib.tuning.trial import time_steps, time_validation
 
 _CPU_ROWS = (32, 128)
 """Sequences of the short measurements on a CPU: two, for the time of a step is a line over them."""
@@ -33,19 +34,31 @@ def estimate_speed(setup: Setup, measure: bool = True, anew: bool = False) -> Sp
     if anew or (measure and not own):
         _measure(setup, store, rows)
         own = [entry for entry in store.speeds() if entry["facts"] == facts]
+    validation = _validation_seconds(setup, own)
     for entry in own:
         if (entry["batch_size"], entry["rows"]) == (train.batch_size, rows):
-            return Speed(entry["tokens_per_second"], "measured here for this very configuration")
+            return Speed(entry["tokens_per_second"], "measured here for this very configuration", validation)
     if own:
         sizes = " and ".join(str(size) for size in sorted({entry["rows"] for entry in own})[:4])
-        return Speed(at_rows(own, rows), f"scaled from batch {sizes} measured here")
+        return Speed(at_rows(own, rows), f"scaled from batch {sizes} measured here", validation)
     alike = [entry for entry in known if all(entry["facts"][name] == facts[name] for name in ("precision", "engine"))]
     if not alike:
         return None
     nearest = min(alike, key=lambda entry: _distance(entry["facts"], facts))["facts"]
     work = nearest["matrix_parameters"] / facts["matrix_parameters"]
-    speed = at_rows([entry for entry in alike if entry["facts"] == nearest], rows) * work
-    return Speed(speed, "scaled by the work for a token from another model measured here")
+    there = [entry for entry in alike if entry["facts"] == nearest]
+    validation = _validation_seconds(setup, there, work)
+    basis = "scaled by the work for a token from another model measured here"
+    return Speed(at_rows(there, rows) * work, basis, validation)
+
+
+def _validation_seconds(setup: Setup, entries: list[dict[str, Any]], work: float = 1.0) -> float | None:
+    """Of one validation and the saving after it, by the newest entry that knows; work: as for a model's speed."""
+    for entry in reversed(entries):
+        if "validation_tokens_per_second" in entry:
+            speed = entry["validation_tokens_per_second"] * work
+            return setup.validation_split.num_tokens / speed + entry["saving_seconds"]
+    return None
 
 
 def at_rows(entries: list[dict[str, Any]], rows: int) -> float:
@@ -75,6 +88,7 @@ def _distance(there: dict[str, Any], here: dict[str, Any]) -> float:
 
 def _measure(setup: Setup, store: Store, rows: int) -> None:
     """A few steps of one or two sizes, remembered; smaller ones where memory runs out, none where none fits."""
+    validation = _unless_out_of_memory(time_validation, setup)
     sizes = [rows] if setup.machine.kind == "cuda" else sorted({min(rows, size) for size in _CPU_ROWS})
     memory = memory_of(setup.machine)
     for most in sizes:
@@ -82,20 +96,20 @@ def _measure(setup: Setup, store: Store, rows: int) -> None:
         while taken is None and size:
             small = with_batch(setup, size)
             fits = not memory.overcommits or memory_estimate_bytes(small) < memory.usable_bytes
-            taken = _time(small) if fits else None
+            taken = _unless_out_of_memory(time_steps, small) if fits else None
             memory.clear()
             size //= 2
         if taken is None:
             return
-        store.keep_speed(small, taken[0])
+        store.keep_speed(small, taken[0], validation)
         if taken[1] > _LONG_SECONDS:
             return
 
 
-def _time(setup: Setup) -> tuple[float, float] | None:
-    """None where memory runs out."""
+def _unless_out_of_memory(measure: Callable[[Setup], tuple[float, float]], setup: Setup) -> tuple[float, float] | None:
+    """What was measured; None where memory runs out."""
     try:
-        return time_steps(setup)
+        return measure(setup)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from newllm_lib.system.hardware import cpu_threads
 from newllm_lib.system.memory import GPUMemory, ProcessMemory, is_out_of_memory
 from newllm_lib.system.timing import wait
 from newllm_lib.training.batches import Batches
+from newllm_lib.training.checkpoint import save_checkpoint
 from newllm_lib.training.estimates import memory_estimate_bytes
 from newllm_lib.training.rng import generator_states, restore_generators
 from newllm_lib.training.setup import Setup
@@ -116,6 +119,16 @@ def time_steps(setup: Setup) -> tuple[float, float]:
         return copy.timed()
 
 
+def time_validation(setup: Setup) -> tuple[float, float]:
+    """Targets that a validation scores in a second, and the seconds of saving what it found to be the best."""
+    with _undisturbed(setup):
+        copy = _Copy(setup)
+        copy.evaluate()  # kernels are compiled when a shape is first met
+        started = time.perf_counter()
+        tokens = copy.evaluate()
+        return tokens / (time.perf_counter() - started), copy.saving_seconds()
+
+
 def warm_up(setup: Setup) -> None:
     """Pay what a process pays once, before anything is measured: imports, kernels, the engine's compilation.
 
@@ -192,8 +205,21 @@ class _Copy:
         wait(self.setup.machine)
         return result, time.perf_counter() - started
 
-    def evaluate(self) -> None:
-        """One pass of the evaluation, over as many full rows as it takes at once."""
+    def saving_seconds(self) -> float:
+        """Of a checkpoint and of the model alone, in the folder for temporary files; 0 where it cannot be written."""
+        weights = self.model.state_dict()
+        payload = {"model": weights, "optimizers": [optimizer.state_dict() for optimizer in self.step.optimizers]}
+        started = time.perf_counter()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                save_checkpoint(Path(folder, "all.pt"), payload, 0)
+                save_checkpoint(Path(folder, "model.pt"), {"model": weights}, 0)
+        except OSError:
+            return 0.0
+        return time.perf_counter() - started
+
+    def evaluate(self) -> int:
+        """One pass of the evaluation, over as many full rows as it takes at once; how many targets it scored."""
         held = self.setup.validation_split
         if held.carries_context:
             ids = self.full_rows(held.ids.shape[1])[None]
@@ -207,6 +233,7 @@ class _Copy:
             engine=self.setup.engine.run,
             fewer=_no_fewer,
         )
+        return ids.numel() - ids.numel() // ids.shape[-1]
 
     def timed(self) -> tuple[float, float]:
         """The medians of tokens a second and seconds a step, over the first batches of the training data."""

@@ -51,7 +51,7 @@ def trained(newllm, text):
 
 def test_training_prints_the_table_and_where_everything_is(trained):
     assert "small: finished" in trained.stdout
-    assert "val PPL" in trained.stdout
+    assert "perplexity  accuracy  validation loss" in trained.stdout
     assert "best validation perplexity" in trained.stdout
     files = "report.md, curves.png, history.csv, run.json, model/, checkpoints/"
     assert f"written to results/small/: {files}" in trained.stdout
@@ -129,7 +129,7 @@ def test_every_field_has_an_option_and_the_help_says_what_it_takes(newllm):
     for name in flat_fields():
         if name != "preset":
             assert "--" + name.replace("_", "-") in text
-    assert "[a number from 0 to below 1]" in " ".join(text.split())
+    assert "[at least 0 and below 1]" in " ".join(text.split())
     for title in ("Run:", "Data:", "Model:", "Recipe and machine:"):
         assert title in text
 
@@ -246,16 +246,16 @@ USAGE, FAILED = 2, 1
     ("arguments", "status", "message"),
     [
         (["quickstrat"], USAGE, "unknown preset 'quickstrat'. Did you mean 'quickstart'? Presets: quickstart, auto"),
-        (["--lr", "-1"], USAGE, "TrainConfig.lr = -1.0: must be a number above 0 to 100, or none"),
-        (["--lr", "fast"], USAGE, "Invalid value for '--lr': 'fast': must be a number above 0 to 100, or none"),
-        (["--vocab-size", "4"], USAGE, "ModelConfig.vocab_size = 4: must be a whole number from 5 to 1000000"),
+        (["--lr", "-1"], USAGE, "lr = -1.0: must be above 0 and at most 100, or none"),
+        (["--lr", "fast"], USAGE, "Invalid value for '--lr': 'fast': must be above 0 and at most 100, or none"),
+        (["--vocab-size", "4"], USAGE, "vocab_size = 4: must be a whole number from 5 to 1,000,000"),
         (["--batch-sizes", "4"], USAGE, "No such option '--batch-sizes'. (Did you mean one of"),
-        (["--optimizer", "sgd"], USAGE, "TrainConfig.optimizer = 'sgd': must be one of adam, adamw, muon"),
-        (["--clip-by-epoch", "5:1"], USAGE, "TrainConfig.clip_by_epoch = ((5, 1.0),): must be (epoch, norm) pairs"),
-        (["--name", "a/b"], USAGE, "RunConfig.name = 'a/b': must be a plain folder name"),
-        (["--batch-size", "5000"], FAILED, "TrainConfig.batch_size = 5000: must be at most 62, the number of training"),
-        (["--device", "cuda:7"], FAILED, "TrainConfig.device = 'cuda:7': must be auto, cpu"),
-        (["--engine", "warp"], FAILED, "TrainConfig.engine = 'warp': must be auto or one of reference"),
+        (["--optimizer", "sgd"], USAGE, "optimizer = 'sgd': must be one of adam, adamw, muon"),
+        (["--clip-by-epoch", "5:1"], USAGE, "clip_by_epoch = ((5, 1.0),): must be (epoch, norm) pairs"),
+        (["--name", "a/b"], USAGE, "name = 'a/b': must be a plain folder name"),
+        (["--batch-size", "5000"], FAILED, "batch_size = 5000: must be at most 62, the number of training"),
+        (["--device", "cuda:7"], FAILED, "device = 'cuda:7': must be auto, cpu"),
+        (["--engine", "warp"], FAILED, "engine = 'warp': must be auto or one of reference"),
         (["--min-words", "500"], FAILED, "no text of the train split has 500 words or more"),
     ],
 )

@@ -35,8 +35,8 @@ def test_the_suggested_command_trains_with_every_rate_that_was_tested(newllm):
     command = re.search(r"to use it: newllm (train .*) \(with", found.stdout)[1]
     base = [word for word in TINY if word not in ("--lr", "0.003")]
     plan = json.loads(newllm(*shlex.split(command), *base, "--data", "text", "--plan", "--json").stdout)
-    assert plan["rate"].startswith(f"{float(rate):.3g}: set directly")
-    assert f"Muon {float(muon):g} on the hidden matrices" in plan["rate"]
+    assert plan["learning rate"].startswith(f"{float(rate):.3g}: set directly")
+    assert f"Muon {float(muon):g} on the hidden matrices" in plan["learning rate"]
 
 
 def test_without_muon_there_is_one_rate_and_json_has_them_all(newllm):

@@ -311,7 +311,7 @@ def test_an_unknown_source_says_what_would_do(tmp_path):
 
 
 def test_no_source_and_a_folder_among_files_are_refused(tmp_path, write_corpus):
-    with pytest.raises(ValueError, match=r"DataConfig\.data = \(\): must be a corpus"):
+    with pytest.raises(ValueError, match=r"data = \(\): must be a corpus"):
         load_corpus(DataConfig(data=()))
     with pytest.raises(ValueError, match="a folder stands alone"):
         load(write_lines(tmp_path / "a.txt", 0, 10), write_corpus())

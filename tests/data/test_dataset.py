@@ -136,7 +136,7 @@ def test_a_split_that_is_not_there_is_named(cache, config, write_corpus):
 
 def test_a_split_of_short_texts_only_names_the_setting(cache, config):
     prepared = prepare(config.replace(min_words=5))
-    message = r"^data corpus: no text of the validation split has 5 words or more \(DataConfig\.min_words\)$"
+    message = r"^data corpus: no text of the validation split has 5 words or more \(min_words\)$"
     with pytest.raises(ValueError, match=message):
         prepared.split("validation")
 

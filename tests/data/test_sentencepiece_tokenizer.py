@@ -83,7 +83,7 @@ def test_damaged_and_foreign_models_are_refused(tokenizer):
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        (ENGLISH, 291, "ModelConfig.vocab_size = 291: must be at least 292 for a SentencePiece tokenizer"),
+        (ENGLISH, 291, "vocab_size = 291: must be at least 292 for a SentencePiece tokenizer"),
         ([], 400, "the training text holds no character"),
     ],
 )

@@ -31,7 +31,7 @@ def test_decode_hides_padding_and_the_marks_of_beginning_and_end():
 
 def test_the_smallest_vocabulary():
     assert WordTokenizer.train(TEXTS, 5).words[4:] == ("the",)
-    with pytest.raises(ValueError, match=r"^ModelConfig\.vocab_size = 4: must be at least 5$"):
+    with pytest.raises(ValueError, match=r"^vocab_size = 4: must be at least 5$"):
         WordTokenizer.train(TEXTS, 4)
 
 

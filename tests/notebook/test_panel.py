@@ -23,8 +23,9 @@ from newllm_lib.data import dataset
 from newllm_lib.data.dataset import Prepared
 from newllm_lib.notebook import panel as room
 from newllm_lib.notebook import panel_plan
-from newllm_lib.notebook.field_widgets import BLUE, RED, SLIDERS, label_of
-from newllm_lib.notebook.panel import Panel, group_of
+from newllm_lib.notebook.field_widgets import RED, SLIDERS, label_of
+from newllm_lib.notebook.panel import Panel
+from newllm_lib.notebook.panel_view import GROUPS, MOST_USED, group_of
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.runs.folder import run_folder
 from newllm_lib.training.estimates import Speed
@@ -34,7 +35,6 @@ from newllm_lib.training.setup import make_setup
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 FIELDS = flat_fields()
-TOOLTIP = "tooltip" if ipywidgets.__version__ > "8" else "description_tooltip"
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def read(html):
 
 def plan_of(panel):
     """What the plan shows."""
-    return read(panel._shown.value)
+    return read(panel.view.shown.value)
 
 
 def note_of(panel, name):
@@ -77,7 +77,7 @@ def refused(panel):
     """The words in red, the same as those with which the panel refuses."""
     with pytest.raises(ValueError) as raised:
         _ = panel.config
-    alert = re.search(r'<div role="alert"[^>]*>(.*?)</div>', panel._shown.value, re.DOTALL)
+    alert = re.search(r'<div role="alert"[^>]*>(.*?)</div>', panel.view.shown.value, re.DOTALL)
     assert unescape(alert[1]) == str(raised.value)
     return str(raised.value)
 
@@ -89,23 +89,36 @@ def test_every_field_stands_in_the_panel_once(shared):
     assert {*shared.settings, "preset"} == set(FIELDS)
     inside = list(widgets_in(shared.widget))
     for setting in (shared.preset, *shared.settings.values()):
-        for widget in filter(None, (setting.slider, setting.box, setting.note)):
+        for widget in filter(None, (setting.label, setting.slider, setting.box, setting.note)):
             assert inside.count(widget) == 1
 
 
 def test_only_widgets_that_both_versions_have(shared):
     kinds = {type(widget).__name__ for widget in widgets_in(shared.widget)}
-    assert kinds == {"VBox", "HBox", "Accordion", "Button", "HTML", "Dropdown", "IntSlider", "Text"}
+    assert kinds == {"VBox", "HBox", "Accordion", "Button", "HTML", "Label", "Dropdown", "IntSlider", "Text"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_explains_itself_in_the_words_of_its_docstring(shared, name):
+def test_a_field_explains_itself_once_in_the_words_of_its_docstring(shared, name):
     setting = shared.preset if name == "preset" else shared.settings[name]
-    first = setting.slider or setting.box
-    assert first.description == label_of(FIELDS[name])
-    assert getattr(first, TOOLTIP) == FIELDS[name].doc
+    assert setting.label.value == label_of(FIELDS[name])
     if name != "preset":  # there the preset explains itself
-        assert f'title="{escape(FIELDS[name].doc, quote=True)}"' in setting.note.value
+        assert read(setting.note.value).endswith(FIELDS[name].doc.replace("\n", " "))
+        assert "title=" not in setting.note.value
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("epochs", "1", "150"), ("lr", "1e-05", "0.1"), ("batch_size", "8", "4096"), ("dropout", "0", "0.6")],
+)
+def test_a_slider_shows_its_ends(shared, name, low, high):
+    setting = shared.settings[name]
+    assert (setting.slider.description, setting.box.description) == (low, high)
+
+
+def test_device_and_engine_are_lists_of_what_this_machine_has(shared):
+    assert [value for _, value in shared.settings["device"].box.options] == ["auto", "cpu"]
+    assert [value for _, value in shared.settings["engine"].box.options] == ["auto", "reference", "fused"]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +150,7 @@ def test_a_unit_stands_behind_a_name_that_does_not_tell_it(name, label):
 
 
 def test_groups():
-    by_group = {title: [name for name in FIELDS if group_of(FIELDS[name]) == title] for title in room.GROUPS}
+    by_group = {title: [name for name in FIELDS if group_of(FIELDS[name]) == title] for title in GROUPS}
     assert sum(map(len, by_group.values())) == len(FIELDS)
     assert {"hidden_dim", "init_std"} <= set(by_group["Model"])
     assert {"data", "stride", "tokenizer"} <= set(by_group["Data"])
@@ -328,24 +341,48 @@ def test_another_preset_brings_its_recipe_and_leaves_text_folders_and_machine(te
     assert "square-root rule to 8e-4" in read(panel.preset.note.value)
 
 
-def test_back_to_the_preset(text):
-    panel = Panel("quickstart", data=str(text), lr=1.0, hidden_dim=64)
-    buttons = {w.description: w for w in widgets_in(panel.widget) if isinstance(w, ipywidgets.Button)}
-    buttons["Back to the preset"].click()
-    assert panel.overrides == {"data": str(text)}
+def chip_of(panel, name):
+    """What the button that undoes a change says; "" where there is none to see."""
+    chip = panel.settings[name].chip
+    return chip.description if chip and chip.layout.display != "none" else ""
 
 
-def test_a_field_that_differs_from_the_preset_shows_it(tiny):
-    assert "preset:" not in note_of(tiny, "lr")
+def test_reset_brings_back_what_the_settings_and_the_preset_say(text):
+    panel = Panel("quickstart", data=str(text), lr=1.0, results_dir="mine")
+    panel.settings["hidden_dim"].slider.value = 1
+    panel.settings["results_dir"].box.value = "elsewhere"
+    panel.preset.box.value = "l4_fp16"
+    assert panel.overrides == {"data": str(text), "results_dir": "elsewhere"}
+    panel.view.reset.click()
+    assert panel.preset.value == "quickstart"
+    assert panel.overrides == {"data": str(text), "lr": 1.0, "results_dir": "mine"}
+
+
+def test_a_field_that_was_changed_shows_it_and_a_button_undoes_it(tiny):
+    assert chip_of(tiny, "lr") == ""
     tiny.refresh()
-    assert tiny._accordion.get_title(0) == "Model"
+    assert tiny.view.accordion.get_title(0) == "Model"
     tiny.set(lr=1e-2, hidden_dim=20, num_layers=3, batch_size=None, clip_by_epoch=((0, 2.0),))
-    assert note_of(tiny, "lr").startswith("preset: 0.003 Peak learning rate")
-    assert note_of(tiny, "batch_size").startswith("preset: 8 ")
-    assert note_of(tiny, "clip_by_epoch").startswith("preset: 0:0.5,10:1,30:2 ")
-    assert tiny._accordion.get_title(0) == "Model (2 changed)"
+    assert chip_of(tiny, "lr") == "changed from 0.003"
+    assert chip_of(tiny, "batch_size") == "changed from 8"
+    assert chip_of(tiny, "clip_by_epoch") == "changed from 0:0.5,10:1,30:2"
+    assert tiny.view.accordion.get_title(0) == "Model (2 changed)"
+    tiny.settings["lr"].chip.click()
+    assert (tiny.settings["lr"].value, tiny.settings["lr"].box.value, chip_of(tiny, "lr")) == (3e-3, "0.003", "")
+    assert "learning rate 0.003" in plan_of(tiny)
     tiny.set(hidden_dim=12, num_layers=2)
-    assert tiny._accordion.get_title(0) == "Model"
+    assert tiny.view.accordion.get_title(0) == "Model"
+
+
+def test_what_the_settings_cell_says_is_no_change(text):
+    panel = Panel("quickstart", data=str(text), seed=7)
+    assert (chip_of(panel, "seed"), chip_of(panel, "data")) == ("", "")
+
+
+def test_a_long_value_keeps_its_button_small(tiny, tmp_path):
+    tiny.set(data=str(tmp_path / "other"))
+    assert len(chip_of(tiny, "data")) <= len("changed from ") + 25
+    assert chip_of(tiny, "data").startswith("changed from \N{HORIZONTAL ELLIPSIS}")
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------
@@ -354,7 +391,14 @@ def test_a_field_that_differs_from_the_preset_shows_it(tiny):
 def test_the_plan_of_a_tiny_run(tiny):
     plan = read(repr(tiny)) and plan_of(tiny)
     # 34 words of the 40 allowed; 62 sequences with 662 targets, in batches of 8, twice
-    for shown_text in ("parameters 1,296", "steps 16", "epochs 2.00", "tokens a step 83", "rate 0.003", "8 an epoch"):
+    for shown_text in (
+        "parameters 1,296",
+        "steps 16",
+        "epochs 2.00",
+        "tokens a step 83",
+        "learning rate 0.003",
+        "8 an epoch",
+    ):
         assert shown_text in plan
     assert "0.003: set directly (0.0001 at batch 32, not scaled by the batch would give 0.0001); constant" in plan
     assert "a new run" in plan
@@ -376,7 +420,7 @@ def test_the_plan_follows_a_slider(tiny):
     assert "parameters 1,764" in plan_of(tiny)  # 3 more layers of 12 x 12 + 12
     tiny.settings["lr"].slider.value = 40
     assert tiny.config.train.lr == 1e-3
-    assert "rate 0.001" in plan_of(tiny)
+    assert "learning rate 0.001" in plan_of(tiny)
     tiny.settings["optimizer"].box.value = "muon"
     assert "Muon 0.02 on the hidden matrices" in plan_of(tiny)
     tiny.settings["scale_lr_by_model_size"].box.value = True
@@ -387,14 +431,14 @@ def test_nothing_is_read_before_it_is_shown_or_asked_for(text, monkeypatch):
     monkeypatch.setattr(panel_plan, "prepare", None)
     panel = Panel("quickstart", data=str(text))
     panel.set(lr=1e-3)
-    assert panel._shown.value == ""
+    assert panel.view.shown.value == ""
 
 
 def test_what_it_says_while_it_reads_is_text_and_no_html(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, pages = write_text(tmp_path / "<b>x" / "text"), []
     panel, prepare = Panel(tiny_config(text)), dataset.prepare
-    monkeypatch.setattr(panel_plan, "prepare", lambda config: pages.append(panel._shown.value) or prepare(config))
+    monkeypatch.setattr(panel_plan, "prepare", lambda config: pages.append(panel.view.shown.value) or prepare(config))
     repr(panel)
     assert "<b>" not in pages[0]
     assert read(pages[0]) == f"reading the text of {text} …"
@@ -462,9 +506,10 @@ def test_minutes_come_from_the_measured_rate(tiny, monkeypatch):
     assert "time here not measured" in plan_of(tiny)
     buttons = {w.description: w for w in widgets_in(tiny.widget) if isinstance(w, ipywidgets.Button)}
     buttons["Measure this machine"].click()
-    assert asked[-1] == ((True, True), "measuring this machine …")
+    assert asked[-1][0] == (True, True)
+    assert asked[-1][1].startswith("measuring this machine … parameters 1,296")  # the last plan stays, dimly
     assert "time here about 2 min 12 s" in plan_of(tiny)  # 16 steps of 82.75 tokens, 10 a second
-    assert "validation not counted (10 tokens/s, measured just now)" in plan_of(tiny)
+    assert "validation and saving not counted (10 tokens/s, measured just now)" in plan_of(tiny)
     tiny.set(epochs=1)
     assert asked[-1][0] == (False, False)
     assert "time here about 1 min 6 s" in plan_of(tiny)
@@ -489,19 +534,24 @@ def test_what_should_be_known_before_is_said(text):
 @pytest.mark.parametrize(
     ("changes", "named", "message"),
     [
-        ({"epochs": None}, "epochs max_steps", "TrainConfig.epochs = None and TrainConfig.max_steps = None: give"),
-        ({"batch_size": 5000}, "batch_size", "TrainConfig.batch_size = 5000: must be at most 62, the number of"),
-        ({"lr": -1.0}, "lr", "TrainConfig.lr = -1.0: must be a number above 0 to 100, or none"),
-        ({"optimizer": "sgd"}, "optimizer", "TrainConfig.optimizer = 'sgd': must be one of adam, adamw, muon"),
-        ({"scale_lr_by_model_size": 1}, "scale_lr_by_model_size", "TrainConfig.scale_lr_by_model_size = 1: must be"),
-        ({"clip_by_epoch": "x"}, "clip_by_epoch", "TrainConfig.clip_by_epoch = 'x': must be"),
-        ({"device": "cuda:7"}, "device", "TrainConfig.device = 'cuda:7': must be auto, cpu"),
-        ({"engine": "warp"}, "engine", "TrainConfig.engine = 'warp': must be auto or one of reference"),
-        ({"name": "a/b"}, "name", "RunConfig.name = 'a/b': must be a plain folder name"),
+        ({"epochs": None}, "epochs max_steps", "epochs = none and max_steps = none: give"),
+        ({"batch_size": 5000}, "batch_size", "batch_size = 5000: must be at most 62, the number of"),
+        ({"lr": -1.0}, "lr", "lr = -1.0: must be above 0 and at most 100, or none"),
+        ({"optimizer": "sgd"}, "optimizer", "optimizer = 'sgd': must be one of adam, adamw, muon"),
+        ({"scale_lr_by_model_size": 1}, "scale_lr_by_model_size", "scale_lr_by_model_size = 1: must be"),
+        ({"clip_by_epoch": "x"}, "clip_by_epoch", "clip_by_epoch = 'x': must be"),
+        ({"device": "cuda:7"}, "device", "device = 'cuda:7': must be auto, cpu"),
+        ({"engine": "warp"}, "engine", "engine = 'warp': must be auto or one of reference"),
+        ({"name": "a/b"}, "name", "name = 'a/b': must be a plain folder name"),
         ({"min_words": 99}, "min_words", "data "),
         ({"data": "no<such>&text"}, "data", "data no<such>&text: no such folder, file or pattern."),
-        ({"mirror_dir": "no such"}, "mirror_dir", "RunConfig.mirror_dir = 'no such': must be a folder that exists"),
-        ({"seed": None, "lr": "x"}, "lr", "TrainConfig.lr = 'x': must be a number above 0 to 100, or none"),
+        ({"mirror_dir": "no such"}, "mirror_dir", "mirror_dir = 'no such': must be a folder that exists"),
+        (
+            {"lr": "x", "seed": None},
+            "lr seed",
+            "lr = 'x': must be a number, above 0 and at most 100, or none\n"
+            "seed = none: must be a whole number from 0 to 9,223,372,036,854,775,807",
+        ),
     ],
     ids=str,
 )
@@ -510,35 +560,35 @@ def test_a_refusal_is_in_red_and_in_the_words_of_training(tiny, changes, named, 
     tiny.set(**changes)
     words = refused(tiny)
     assert words.startswith(message)
-    assert f"{words} The last plan that could be: parameters 1,296" in plan_of(tiny)
+    assert f"{' '.join(words.splitlines())} The last plan that could be: parameters 1,296" in plan_of(tiny)
     with pytest.raises((ValueError, OSError)) as training:
         runs.train(good, **changes, progress=Progress())
-    assert str(training.value) == words
+    assert str(training.value) == words.splitlines()[0]  # training names the first alone
     named = set(named.split())
     marked = {name for name in tiny.settings if note_of(tiny, name).startswith("refused ")}
     assert named <= marked <= named | {"data"}
-    assert any("refused" in tiny._accordion.get_title(index) for index in range(5)) == bool(named - {*room.MOST_USED})
+    assert any("refused" in tiny.view.accordion.get_title(index) for index in range(5)) == bool(named - {*MOST_USED})
     tiny.set(dropout=0.5)  # the others go on working
     assert refused(tiny) == words
     tiny.set(**{name: room._value(good, FIELDS[name]) for name in changes})
     assert tiny.config == good.replace(dropout=0.5)
-    assert 'role="alert"' not in tiny._shown.value
+    assert 'role="alert"' not in tiny.view.shown.value
     assert not any("refused" in note_of(tiny, name) for name in tiny.settings)
 
 
 @pytest.mark.parametrize(
     ("name", "typed", "message"),
     [
-        ("batch_size", "8x", "TrainConfig.batch_size = '8x': must be a whole number from 1 to 1000000, or none"),
-        ("stride", "", "DataConfig.stride = '': must be a whole number from 1 to 1000000"),
-        ("seed", "1.5", "TrainConfig.seed = '1.5': must be a whole number from 0 to 9223372036854775807"),
-        ("dropout", "nan", "ModelConfig.dropout = nan: must be a number from 0 to below 1"),
+        ("batch_size", "8x", "batch_size = '8x': must be a whole number from 1 to 1,000,000, or none"),
+        ("stride", "", "stride = '': must be a whole number from 1 to 1,000,000"),
+        ("seed", "1.5", "seed = '1.5': must be a whole number from 0 to 9,223,372,036,854,775,807"),
+        ("dropout", "nan", "dropout = nan: must be at least 0 and below 1"),
         (
             "clip_by_epoch",
             "often",
-            "TrainConfig.clip_by_epoch = (('often',),): must be (epoch, norm) pairs with rising",
+            "clip_by_epoch = (('often',),): must be (epoch, norm) pairs with rising",
         ),
-        ("name", "..", "RunConfig.name = '..': must be a plain folder name"),
+        ("name", "..", "name = '..': must be a plain folder name"),
     ],
 )
 def test_a_typed_text_that_is_no_value_is_refused_and_stays(tiny, name, typed, message):
@@ -638,7 +688,7 @@ def test_a_folder_with_another_run_is_refused_in_the_words_of_training(tiny):
     words = training_says(tiny)
     assert "of a run with other settings: lr 0.003 there, 0.01 here" in words
     assert repr(tiny).endswith(f"\nrefused: {words}")
-    assert escape(words) in tiny._shown.value
+    assert escape(words) in tiny.view.shown.value
     train(tiny, fresh=True)  # which the panel does not stand in the way of
     assert ": already finished" in repr(tiny)
 
@@ -702,7 +752,7 @@ def test_white_on_the_marks_is_legible():
         linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
         return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    for colour in (RED, BLUE):
+    for colour in (RED,):
         assert 1.05 / (luminance(colour) + 0.05) >= 4.5
 
 

@@ -365,14 +365,14 @@ def test_the_table_shows_what_differs_once(make):
     assert text == (
         "## A: some text (text sha256 aaaaaaaaaaaaaaaa, tokenizer words, vocab_size 1000, layout windows, "
         "sequence_length 64, stride 32, min_words 5)\n\n"
-        "| # | run          | PPL       | accuracy | known PPL | epochs | steps | tokens | time       | tokens/s "
-        "| status   |\n"
-        "|---|--------------|-----------|----------|-----------|--------|-------|--------|------------|----------"
-        "|----------|\n"
-        "| 1 | first        | **20.00** | 25.0%    | 40.00     | 2.00   | 200   | 0.02 M | 1 min 40 s | 200      "
-        "| finished |\n"
-        "| 2 | sec&#124;ond | 30.00     | 25.0%    | 60.00     | 1.00   | 100   | 0.01 M | 50 s       | 200      "
-        "| finished |\n\n"
+        "| # | run          | perplexity | accuracy | known perplexity | epochs | steps | tokens | time       "
+        "| tokens/s | status   |\n"
+        "|---|--------------|------------|----------|------------------|--------|-------|--------|------------"
+        "|----------|----------|\n"
+        "| 1 | first        | **20.00**  | 25.0%    | 40.00            | 2.00   | 200   | 0.02 M | 1 min 40 s "
+        "| 200      | finished |\n"
+        "| 2 | sec&#124;ond | 30.00      | 25.0%    | 60.00            | 1.00   | 100   | 0.01 M | 50 s       "
+        "| 200      | finished |\n\n"
         "Best of these runs: #1 first, PPL 20.00.\n\n"
         "## Set-up\n\n"
         "| # | run          | optimizer |\n"
@@ -380,7 +380,7 @@ def test_the_table_shows_what_differs_once(make):
         "| 1 | first        | muon      |\n"
         "| 2 | sec&#124;ond | adamw     |\n\n"
         "The same for all, where known: group A, preset auto, data some text, tokenizer words, parameters 2,739,432, "
-        "batch 64, rate 0.004, precision bf16, engine fused, device Some CPU, 2 threads, memory 1.00 GiB.\n\n"
+        "batch 64, learning rate 0.004, precision bf16, engine fused, device Some CPU, 2 threads, memory 1.00 GiB.\n\n"
         "Other settings that differ:\n\n"
         "- dropout: 0.2 (#1); 0.1 (#2)\n"
     )
@@ -402,7 +402,7 @@ def test_each_group_has_a_table_of_its_own(make):
     first, second, setup = text.index("## A: "), text.index("## B: "), text.index("## Set-up")
     assert "**30.00**" in text[first:second]
     assert "**9.00**" in text[second:setup]
-    assert ("bits/byte" in text[first:second], "bits/byte" in text[second:setup]) == (False, True)
+    assert ("bits a byte" in text[first:second], "bits a byte" in text[second:setup]) == (False, True)
     assert "- Perplexities of B compare with no other group's." in text[setup:]
     assert "sentencepiece_model" not in text[setup:]  # of the protocol, which the headings tell
 

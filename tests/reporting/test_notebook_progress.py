@@ -25,7 +25,7 @@ from PIL import Image
 from tiny import RECIPE, SHAPE, result_of, same, tiny_setup, tiny_trainer, write_text
 
 from newllm_lib.reporting import notebook_progress as notebook_room
-from newllm_lib.reporting.notebook_page import curves_png, visible_rows
+from newllm_lib.reporting.notebook_page import curves_pngs, visible_rows
 from newllm_lib.reporting.notebook_progress import NotebookProgress
 from newllm_lib.reporting.progress import HEADER, Progress, TerminalProgress, rows_before, table_line
 from newllm_lib.system.console import in_kernel
@@ -119,48 +119,53 @@ def progress(screen, clock):
 
 def test_it_shows_where_the_run_is(progress, screen, clock):
     progress.begin(RECORD, [])
-    clock.now += 1
     progress.step(39, 120, 0.33, 3.5, 1000.0)
     clock.now += 2
+    progress.time_left(160.4)
     progress.step(40, 120, 0.34, 3.4567, 12_345.6)
     for text in ("l4_fp16-abc123", "wikitext-2, 2,739,432 parameters", "training", "0.34", "40 of 120", "3.457"):
         assert text in screen.text
     assert "12,346" in screen.text
-    assert "training left | 2 min 40 s" in screen.text  # 80 steps of 2 s
+    assert "time left | 2 min 40 s" in screen.text
     assert "width:33.33%" in screen.pages[-1]
     assert screen.plain == "l4_fp16-abc123; training at step 40 of 120; no validation yet"
     assert screen.displays == 1
 
 
-def test_time_left_leaves_validations_out(progress, screen, clock):
-    step = 0
-    for _ in range(3):
-        for _ in range(5):
-            clock.now += 1
-            step += 1
-            progress.step(step, 60, step / 20, 3.0, 1000.0)
-        progress.evaluating()
-        clock.now += 500
-        progress.validated(row(step / 20), True)
-    assert "training left | 45 s" in screen.text
-
-
-def test_time_left_where_every_step_is_validated(progress, screen, clock):
-    for step in range(1, 6):
-        clock.now += 2
-        progress.step(step, 60, step / 20, 3.0, 1000.0)
-        progress.evaluating()
-        clock.now += 500
-        progress.validated(row(step / 20), True)
-    assert "training left | 1 min 50 s" in screen.text  # 55 steps of 2 s
-
-
-def test_one_slow_step_does_not_change_the_time_left(progress, screen, clock):
-    for step in range(1, 11):
-        clock.now += 300 if step == 5 else 1
-        progress.step(step, 60, step / 20, 3.0, 1000.0)
+def test_a_validation_moves_too(progress, screen, clock):
+    progress.step(10, 60, 1.0, 3.0, 1000.0)
+    clock.now += 5
     progress.evaluating()
-    assert "training left | 50 s" in screen.text
+    assert "status | validating, 0%" in screen.text
+    clock.now += 5
+    progress.validating(0.375)
+    assert "status | validating, 38%" in screen.text
+    progress.validated(row(1), True)
+    clock.now += 5
+    progress.step(11, 60, 1.1, 3.0, 1000.0)
+    assert "status | training" in screen.text
+
+
+def test_the_plan_is_folded_away_once_there_is_a_validation(progress, screen, clock):
+    progress.plan([("batch", "8 sequences"), ("learning rate", "0.003")])
+    progress.begin(RECORD, [])
+    clock.now += 5
+    progress.step(1, 10, 0.1, 3.0, 1.0)
+    assert screen.text.count("learning rate  0.003") == 1
+    assert "<details open" in screen.pages[-1]
+    progress.validated(row(1), True)
+    assert screen.text.count("learning rate  0.003") == 1
+    assert "<details style" in screen.pages[-1]
+
+
+def test_a_finished_run_shows_its_finished_page(progress, screen):
+    progress.message("this run has already finished")
+    record = RECORD | {"status": "finished", "step": 20, "total_steps": 20}
+    progress.begin(record, history(val_ppl=[40, 30]))
+    progress.close()
+    for text in ("status | finished", "20 of 20", "epoch | 2.00", "ran for | –", "★ 20", "already finished"):
+        assert text in screen.text
+    assert read(screen.pages[-1]).tags["img"] == 3
 
 
 def test_the_table_holds_the_last_rows_and_the_best():
@@ -177,7 +182,7 @@ def test_the_best_row_is_marked_and_hidden_ones_are_counted(progress, screen):
     progress.begin(RECORD, history(val_ppl=[40, 30.25, *range(50, 90)]))
     assert read(screen.pages[-1]).tags["tr"] == 1 + 1 + 1 + 15  # titles, best, gap, last rows
     assert screen.text.count("★") == 1
-    assert "★ 2.00" in screen.text
+    assert "★ 20 | 2.00" in screen.text
     assert "26 earlier rows are not shown" in screen.text
     marked = [line for line in screen.pages[-1].split("<tr")[1:] if "font-weight:bold" in line]
     assert len(marked) == 1
@@ -197,7 +202,7 @@ def test_bits_per_byte_stand_where_the_tokenizer_loses_nothing(progress, screen)
     progress.begin(RECORD, [row(1, val_bits_per_byte=2.3456)])
     assert "bits a byte" in screen.text
     assert "2.3456" in screen.text
-    assert "known PPL" not in screen.text
+    assert "known perplexity" not in screen.text
 
 
 def test_warnings_are_marked_and_stay(progress, screen, clock):
@@ -244,7 +249,7 @@ def test_every_text_is_escaped(progress, screen):
     progress.begin(RECORD | {"run": HOSTILE, "data": {"name": HOSTILE}}, [row(1)])
     page = read(screen.pages[-1])
     assert set(page.tags) == {"div", "b", "span", "img", "table", "tr", "th", "td"}
-    assert page.tags["img"] == 1  # the curves
+    assert page.tags["img"] == 3  # the curves
     assert "onerror='y'" not in screen.pages[-1]
     assert screen.text.count(HOSTILE) == 4
     assert screen.pages[-1].count("<div") == screen.pages[-1].count("</div>")
@@ -265,12 +270,36 @@ def test_the_page_takes_the_colours_of_its_surroundings(progress, screen):
 
 def test_the_curves_are_a_transparent_picture(progress, screen):
     progress.begin(RECORD, history(val_ppl=[40, 30, 28]))
-    data = base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', screen.pages[-1])[1])
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
-    assert image.size == (1440, 405)  # 960 x 270 at one and a half dots a pixel
-    assert image.getpixel((0, 0))[3] == 0
-    colours = {colour for _, colour in image.getcolors(1440 * 405)}
-    assert {(0xE0, 0x7B, 0x22), (0x3B, 0x8F, 0xD6)} <= {near(c) for c in colours}
+    images = pictures(screen.pages[-1])
+    size = (466, 393)  # 311 x 262 at one and a half dots a pixel
+    assert [image.size for image in images] == [size] * 3
+    assert [image.getpixel((0, 0))[3] for image in images] == [0] * 3
+    assert {(0xE0, 0x7B, 0x22), (0x3B, 0x8F, 0xD6)} <= colours_of(images[0])
+
+
+def pictures(page):
+    """The images of a page."""
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA") for data in found]
+
+
+def colours_of(image):
+    return {near(colour) for _, colour in image.getcolors(image.width * image.height)}
+
+
+def test_there_is_a_curve_from_the_first_steps_on(progress, screen, clock):
+    for step in range(1, 4):
+        clock.now += 5
+        progress.step(step, 60, step / 20, 5.0 - step, 1000.0)
+    loss, ppl, accuracy = pictures(screen.pages[-1])
+    assert (0xE0, 0x7B, 0x22) in colours_of(loss)
+    assert (0x3B, 0x8F, 0xD6) not in colours_of(loss) | colours_of(ppl) | colours_of(accuracy)
+
+
+def test_the_share_of_unknown_words_is_drawn_at_the_runs_own_value():
+    rows = history(val_ppl=[40, 30, 28], val_accuracy=[0.3, 0.31, 0.32])
+    here = [curves_pngs(RECORD | {"validation": {"unknown_share": share}}, rows)[2] for share in (0.305, 0.315, None)]
+    assert len(set(here)) == 3
 
 
 def near(colour):
@@ -283,10 +312,9 @@ def near(colour):
 
 def test_the_published_curve_is_drawn_only_where_it_compares():
     rows = history(val_ppl=[40, 30, 28])
-    bare = curves_png(None, rows)
-    assert curves_png(RECORD, rows) != bare
-    assert curves_png(RECORD | {"published_protocol": False}, rows) == bare
-    assert curves_png(RECORD | {"preset": "quickstart"}, rows) == bare
+    bare = curves_pngs(RECORD | {"preset": "quickstart"}, rows)
+    assert curves_pngs(RECORD, rows)[1] != bare[1]  # of this run the series gives the perplexities alone
+    assert curves_pngs(RECORD | {"published_protocol": False}, rows) == bare
 
 
 def test_the_users_own_plots_are_left_alone():
@@ -294,9 +322,9 @@ def test_the_users_own_plots_are_left_alone():
 import matplotlib, sys
 matplotlib.rcParams["font.size"] = 31
 before = dict(matplotlib.rcParams)
-from newllm_lib.reporting.notebook_page import curves_png
+from newllm_lib.reporting.notebook_page import curves_pngs
 row = dict(epoch=1.0, train_loss=1.0, val_loss=1.0, val_ppl=2.7, val_accuracy=0.3)
-curves_png(None, [row])
+curves_pngs(None, [row])
 print(dict(matplotlib.rcParams) == before, "matplotlib.pyplot" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -305,9 +333,9 @@ print(dict(matplotlib.rcParams) == before, "matplotlib.pyplot" in sys.modules)
 
 def test_the_users_style_does_not_change_the_curves():
     rows = history(val_ppl=[40, 30, 28])
-    plain = curves_png(RECORD, rows)
+    plain = curves_pngs(RECORD, rows)
     with matplotlib.rc_context({"font.family": "monospace", "axes.linewidth": 9, "axes.facecolor": "black"}):
-        assert curves_png(RECORD, rows) == plain
+        assert curves_pngs(RECORD, rows) == plain
 
 
 @pytest.fixture
@@ -317,13 +345,13 @@ def drawings(monkeypatch, clock):
     class Drawings(list):
         seconds = 0.0
 
-    def draw(record, rows):
+    def draw(record, rows, losses):
         drawings.append(len(rows))
         clock.now += drawings.seconds
-        return b"png"
+        return [b"png"] * 3
 
     drawings = Drawings()
-    monkeypatch.setattr(notebook_room, "curves_png", draw)
+    monkeypatch.setattr(notebook_room, "curves_pngs", draw)
     return drawings
 
 
@@ -337,17 +365,18 @@ def train_for_a_while(progress, clock, steps, seconds, every):
             progress.validated(row(step / 100), True)
 
 
-def test_curves_are_drawn_after_validations_and_not_for_steps(progress, clock, drawings, screen):
-    train_for_a_while(progress, clock, 100, 2.0, every=20)
-    assert drawings == [1, 2, 3, 4, 5]
-    assert len(screen.pages) > 60
+def test_curves_are_drawn_for_steps_and_validations(progress, clock, drawings, screen):
+    drawings.seconds = 0.3  # so every 6 s
+    train_for_a_while(progress, clock, 100, 2.0, every=20)  # 230 s
+    assert sorted(set(drawings)) == [0, 1, 2, 3, 4, 5]
+    assert 30 <= len(drawings) <= 36
 
 
 def test_curves_take_at_most_a_twentieth_of_the_time(progress, clock, drawings, screen):
     drawings.seconds = 0.2
     train_for_a_while(progress, clock, 1000, 0.01, every=1)  # 40 s, validating all the time
     progress.close()
-    assert 4 <= len(drawings) <= 12
+    assert 4 <= len(drawings) <= 13
     assert drawings[-1] == 1000  # the end has the whole curve
 
 
@@ -387,7 +416,7 @@ def test_a_run_whose_update_is_torn_shows_each_validation_once(tmp_path, progres
     assert trainer.fit() == "finished"
     progress.close()
     assert validated == [3, 6, 3, 6, 8, 9, 12, 15, 16]
-    assert re.findall(r"</td><td[^>]*>(\d+)</td><td[^>]*>\d\.\d{4}</td>", screen.pages[-1]) == [
+    assert re.findall(r"<td[^>]*>(?:★ )?(\d+)</td><td[^>]*>\d\.\d\d</td>", screen.pages[-1]) == [
         "3", "6", "8", "9", "12", "15", "16",
     ]  # fmt: skip
     assert drawings[-1] == 7
@@ -577,7 +606,7 @@ def test_after_a_failure_there_are_plain_lines(progress, screen, clock, capsys):
     assert printed.err == ""
     assert lines[0] == "warning: the live display failed (RuntimeError: no socket); plain lines instead"
     assert lines[1] == "the plan"
-    assert lines[2].split()[:2] == ["epoch", "step"]
+    assert lines[2].split()[:2] == ["step", "epoch"]
     assert "12.34" in lines[3]
     assert lines[4] == "after it"
     assert "11.22" in lines[5]
@@ -593,7 +622,7 @@ def test_training_is_the_same_when_drawing_fails(tmp_path, screen, monkeypatch, 
     if broken == "display":
         screen.on_update = fail
     else:
-        monkeypatch.setattr(notebook_room, "curves_png", fail)
+        monkeypatch.setattr(notebook_room, "curves_pngs", fail)
     data = write_text(tmp_path / "text")
     silent = tiny_trainer(tiny_setup(data), tmp_path / "a", Progress())
     shown = tiny_trainer(tiny_setup(data), tmp_path / "b", NotebookProgress())
@@ -655,7 +684,7 @@ def test_plain_lines_after_a_failure_know_the_rows_that_the_page_has_shown(progr
     progress.validated(stuck[3], True)  # not shown any more: told by the plain lines, as all that follows
     progress.validated(stuck[4], True)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["epoch", "4.00", "5.00", "warning:"]
+    assert [line.split()[0] for line in lines[1:]] == ["step", "40", "50", "warning:"]
     assert "plateau: over 5 validations the perplexity moved by 0.9%" in lines[4]
 
 
@@ -724,7 +753,7 @@ class Terminal(io.StringIO):
 
 def test_the_lines_of_a_terminal_have_separators_and_stand_under_their_heading():
     line = table_line(row(123.4, step=1_234_567, train_seconds=123_456.7), True)
-    assert line == " 123.40 1,234,567      4.0000    3.5000     33.10    34.00% 123,456.7 *"
+    assert line == "1,234,567  123.40       33.10    34.00%           3.5000         4.0000 123,456.7 *"
     assert len(line) - 2 == len(HEADER)
     TerminalProgress(log := io.StringIO(), line_seconds=0).step(1_234, 5_000, 1.1, 3.0, 1_000.0)
     assert log.getvalue().startswith("step 1,234 of 5,000 (epoch 1.10): loss 3.000, 1,000 tokens/s")

@@ -50,7 +50,7 @@ def old_report(folder):
 
 def fewer_rows(folder):
     lines = (folder / "report.md").read_text().splitlines()
-    (folder / "report.md").write_text("\n".join(line for line in lines if not line.startswith("| 0.75 |")))
+    (folder / "report.md").write_text("\n".join(line for line in lines if "| 0.75 |" not in line))
 
 
 def old_picture(folder):
@@ -225,7 +225,7 @@ def diverged(ppl):
 
 def test_a_perplexity_of_many_digits_stays_readable(done):
     assert table_line(diverged(1.234e184), False) == (
-        "   1.00         8      1.0000  423.8859  1.2e+184    10.00%       1.0"
+        "        8    1.00    1.2e+184    10.00%         423.8859         1.0000       1.0"
     )
     rows = [
         diverged(20.0),
@@ -236,7 +236,7 @@ def test_a_perplexity_of_many_digits_stays_readable(done):
     record.best = rows[0]
     text = report_text(record, rows)
     assert max(map(len, text.splitlines())) < 2000
-    assert "| 2.00 | 16 | 1.0000 | 423.8859 | 1.2e+184 | 10.00% |" in text
+    assert "| 16 | 2.00 | 1.2e+184 | 10.00% | 423.8859 | 1.0000 |" in text
     assert curves.curves_png(record, rows).startswith(b"\x89PNG")
     record.best = rows[1]
     assert "Best validation perplexity **1.2e+184** (accuracy" in report_text(record, rows[1:])

@@ -19,7 +19,7 @@ from newllm_lib.reporting import report
 from newllm_lib.reporting.curves import plain_log_axis, write_curves
 from newllm_lib.reporting.diagnostics import best_row
 from newllm_lib.reporting.formatting import duration
-from newllm_lib.reporting.notebook_page import curves_png
+from newllm_lib.reporting.notebook_page import curves_pngs
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.reporting.record import write_history, write_record
 from newllm_lib.runs.run import Run
@@ -91,7 +91,7 @@ def test_losses_that_are_not_finite_are_told_and_never_the_best(tmp_path, capsys
 )
 def test_there_is_a_picture_whatever_happened_and_it_says_what(tmp_path, monkeypatch, history, words):
     drawn, subplots = [], Figure.subplots
-    monkeypatch.setattr(Figure, "subplots", lambda figure, *args: drawn.append(subplots(figure, *args)) or drawn[0])
+    monkeypatch.setattr(Figure, "subplots", lambda figure, *args: drawn.append(subplots(figure, *args)) or drawn[-1])
     write_curves(tmp_path, RECORD | {"best": None, "published_protocol": False}, history)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     for axes in drawn[0]:
@@ -171,14 +171,14 @@ def test_the_numbers_on_a_log_axis_are_plain_and_do_not_touch(low, high, size, f
 def test_epochs_begin_at_0_and_their_labels_do_not_touch(tmp_path, monkeypatch, draw, epochs):
     """The measured places of the labels on the drawn picture, at least a space apart; the last point within it."""
     drawn, subplots = [], Figure.subplots
-    monkeypatch.setattr(Figure, "subplots", lambda figure, *args: drawn.append(subplots(figure, *args)) or drawn[0])
+    monkeypatch.setattr(Figure, "subplots", lambda figure, *args: drawn.append(subplots(figure, *args)) or drawn[-1])
     history = [GOOD | {"epoch": epoch, "val_bits_per_byte": None, "val_word_ppl": None} for epoch in epochs]
     record = RECORD | {"best": history[0], "published_protocol": False}
     if draw == "live":
-        curves_png(record, history)
+        curves_pngs(record, history)
     else:
         write_curves(tmp_path, record, history)
-    for axes in drawn[0]:
+    for axes in drawn if draw == "live" else drawn[0]:
         left, right = axes.get_xlim()
         assert left == 0
         assert epochs[-1] < right < 1.1 * epochs[-1]

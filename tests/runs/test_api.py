@@ -111,7 +111,7 @@ def test_the_same_settings_continue_and_a_finished_run_says_so(config):
         run = nl.train(config, progress=second)
     (told,) = (text for text in second.messages if text.startswith("continuing tiny-"))
     assert "step 5 of 16 (epoch 0.62 of 2.00), best PPL so far " in told
-    assert told.endswith(", about 1 min 31 s of training left")  # 11 steps of 82.75 tokens, 10 a second
+    assert told.endswith(", about 1 min 31 s left")  # 11 steps of 82.75 tokens, 10 a second
     assert run.record["status"] == "finished"
     third = Quiet()
     before = (run.folder / "report.md").stat().st_mtime_ns
@@ -389,7 +389,7 @@ def test_plan_decides_without_training_or_writing(config, tmp_path):
     assert setup.total_steps == 16
     assert text["steps"] == "16 (8 an epoch, 2.00 epochs)"
     assert "parameters (2 layers of 12" in text["model"]
-    assert text["rate"].startswith(
+    assert text["learning rate"].startswith(
         "0.003: set directly (0.0001 at batch 32, not scaled by the batch would give 0.0001)"
     )
     assert "copy" not in text
@@ -399,11 +399,9 @@ def test_plan_decides_without_training_or_writing(config, tmp_path):
 
 
 def test_a_batch_larger_than_the_data_is_named(config):
-    with pytest.raises(
-        ValueError, match=r"TrainConfig\.batch_size = 63: must be at most 62, the number of training seq"
-    ):
+    with pytest.raises(ValueError, match=r"batch_size = 63: must be at most 62, the number of training seq"):
         nl.plan(config, batch_size=63)
-    with pytest.raises(ValueError, match=r"TrainConfig\.batch_size = 500: must be at most 56, the number of full s"):
+    with pytest.raises(ValueError, match=r"batch_size = 500: must be at most 56, the number of full s"):
         nl.plan(config, batch_size=500, layout="stream")
 
 

@@ -207,7 +207,7 @@ def test_plans_write_nothing(config, machine_batch, drive, tmp_path, left):
 def test_settings_that_are_refused_touch_no_folder(config, machine_batch, tmp_path):
     stopped(config)
     before = tree(tmp_path)
-    with pytest.raises(ConfigError, match=r"TrainConfig\.batch_size = 500: must be at most 62"):
+    with pytest.raises(ConfigError, match=r"batch_size = 500: must be at most 62"):
         nl.train(config, batch_size=500, fresh=True, progress=Quiet())
     assert tree(tmp_path) == before
     nl.train(config, fresh=True, progress=Quiet())

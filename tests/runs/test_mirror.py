@@ -752,7 +752,7 @@ def test_ctrl_c_ends_the_waiting_for_the_last_copy_and_nothing_else(run, drive, 
     ],
 )
 def test_a_folder_that_cannot_hold_copies_is_refused(run, tmp_path, folder, message):
-    with pytest.raises(ValueError, match=r"RunConfig\.mirror_dir = .*" + message):
+    with pytest.raises(ValueError, match=r"mirror_dir = .*" + message):
         Mirror(run, tmp_path / folder, IDENTITY)
     assert not (tmp_path / "nowhere").exists()
 
@@ -922,7 +922,7 @@ def test_an_imported_run_is_not_replaced_by_a_copy(config):
 
 
 def test_a_wrong_folder_is_named_before_anything_is_spent(config, tmp_path):
-    with pytest.raises(ValueError, match=r"RunConfig\.mirror_dir = .*must be a folder that exists"):
+    with pytest.raises(ValueError, match=r"mirror_dir = .*must be a folder that exists"):
         nl.train(config, mirror_dir=str(tmp_path / "typo"), progress=Quiet())
     assert not (tmp_path / "here").exists()
 

@@ -152,10 +152,10 @@ def test_lists_are_given_one_by_one_or_as_text():
         ({"rules": "none,none"}, {}, r"rules = \('none', 'none'\): must be one or more, each once"),
         ({"batch_sizes": "8,-1"}, {}, "batch_sizes: -1: must be whole numbers from 1"),
         ({"initialisations": "he"}, {}, "initialisations: 'he' is unknown: must be of published, fan-in"),
-        ({}, {"lr": 1e-3}, "TrainConfig.lr = 0.001: the rules set the rate here; give lr_base"),
-        ({}, {"batch_size": None}, "TrainConfig.batch_size must be a number here"),
-        ({}, {"layout": "stream"}, "DataConfig.layout = 'stream': must be windows here: a stream has as many lanes as"),
-        ({"batch_sizes": "8,9999"}, {}, "TrainConfig.batch_size = 9999: must be at most 62"),
+        ({}, {"lr": 1e-3}, "lr = 0.001: the rules set the rate here; give lr_base"),
+        ({}, {"batch_size": None}, "batch_size must be a number here"),
+        ({}, {"layout": "stream"}, "layout = 'stream': must be windows here: a stream has as many lanes as"),
+        ({"batch_sizes": "8,9999"}, {}, "batch_size = 9999: must be at most 62"),
     ],
 )
 def test_what_makes_no_grid_is_refused(text, tmp_path, options, changes, message):

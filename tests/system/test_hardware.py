@@ -96,12 +96,12 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError) as refused:
         detect(device)
-    assert str(refused.value) == f"TrainConfig.device = {device!r}: must be auto, cpu, cuda:0, cuda:1 on this machine"
+    assert str(refused.value) == f"device = {device!r}: must be auto, cpu, cuda:0, cuda:1 on this machine"
 
 
 def test_a_gpu_where_there_is_none_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"^TrainConfig\.device = 'cuda': must be auto, cpu on this machine$"):
+    with pytest.raises(ValueError, match=r"^device = 'cuda': must be auto, cpu on this machine$"):
         detect("cuda")
 
 

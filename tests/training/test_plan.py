@@ -160,7 +160,7 @@ SHORT = {"lr_schedule": "cosine", "warmup_steps": 30, "epochs": None, "max_steps
 
 
 def rate_line(setup):
-    return dict(plan_lines(setup, "run"))["rate"]
+    return dict(plan_lines(setup, "run"))["learning rate"]
 
 
 def test_the_plan_says_how_long_the_warm_up_is(text):
@@ -187,9 +187,9 @@ def test_a_run_that_is_extended_keeps_the_warm_up_of_its_first_step(text, tmp_pa
             run = nl.train(config, max_steps=steps, decay_steps=60, progress=Quiet())
         assert (run.record.warmup_steps, run.record.step) == (2, 60)
         expected = "; cosine to 0 at step 60, warm-up 2 steps (as the run began, not the 30 of warmup_steps)"
-        assert dict(run.record.plan)["rate"].endswith(expected)
+        assert dict(run.record.plan)["learning rate"].endswith(expected)
         lines = dict(nl.plan(config, max_steps=60, decay_steps=60)[1])
-        assert lines["rate"].endswith(expected)
+        assert lines["learning rate"].endswith(expected)
         later = run.history[run.history["step"] > 20]
         assert list(later["lr"]) == pytest.approx([3e-3 * _cosine(step - 1, 2, 60) for step in later["step"]])
         results.append(run.model.state_dict())
@@ -205,7 +205,7 @@ def test_a_run_of_an_earlier_version_keeps_its_full_warm_up(text, tmp_path):
         save_checkpoint(path, payload, payload["state"]["step"])
     again = nl.train(config, max_steps=40, decay_steps=60, progress=Quiet())
     assert again.record.warmup_steps == 30
-    assert dict(again.record.plan)["rate"].endswith("cosine to 0 at step 60, warm-up 30 steps")
+    assert dict(again.record.plan)["learning rate"].endswith("cosine to 0 at step 60, warm-up 30 steps")
     later = again.history[again.history["step"] > 20]
     assert list(later["lr"]) == pytest.approx([3e-3 * _cosine(step - 1, 30, 60) for step in later["step"]])
 

@@ -168,7 +168,7 @@ def test_a_share_that_cannot_be_is_refused(text, share):
 
 
 def test_pieces_and_a_batch_to_be_found_do_not_go_together(text):
-    with pytest.raises(ValueError, match=r"TrainConfig\.micro_batch_size = 4: must be none with batch_policy fill"):
+    with pytest.raises(ValueError, match=r"micro_batch_size = 4: must be none with batch_policy fill"):
         found(tiny_setup(text, micro_batch_size=4), "fill")
 
 

@@ -74,7 +74,9 @@ def test_a_batch_that_was_found_is_recorded_and_never_sought_again(config, monke
         "; fill (the recipe has 8): the largest that was tried and fits; all that the data have; "
         "max_steps = 1 counts steps, so 7.75 times as much text is read"
     )
-    assert plan["rate"].startswith("0.00278: 0.001 at batch 8, sqrt rule to batch 62")  # 0.001 x (62 / 8) ** 0.5
+    assert plan["learning rate"].startswith(
+        "0.00278: 0.001 at batch 8, sqrt rule to batch 62"
+    )  # 0.001 x (62 / 8) ** 0.5
     assert "measured here for this very configuration" in plan["time"]
 
     shutil.rmtree(cache_folder())
@@ -90,7 +92,9 @@ def test_lanes_of_a_stream_are_found_too(config):
     setup, plan = lines_of(config, batch_policy="fill", layout="stream")
     assert (setup.config.train.batch_size, setup.train_split.ids.shape[1]) == (56, 56)
     assert "in 56 lanes" in plan["sequences"]
-    assert plan["rate"].startswith("0.00265: 0.001 at batch 8, sqrt rule to batch 56")  # 0.001 x (56 / 8) ** 0.5
+    assert plan["learning rate"].startswith(
+        "0.00265: 0.001 at batch 8, sqrt rule to batch 56"
+    )  # 0.001 x (56 / 8) ** 0.5
 
 
 def refuse(*_args):
@@ -137,7 +141,7 @@ def test_a_plan_says_whether_the_rate_follows(text, preset, said):
     shape = {"sequence_length": 12, "stride": 6, "hidden_dim": 12, "num_layers": 2, "context_dim": 6}
     config = presets.get(preset).replace(data=text, device="cpu", batch_policy="fill", **shape)
     _, plan = lines_of(config)
-    assert plan["rate"].split("; constant")[0] == said
+    assert plan["learning rate"].split("; constant")[0] == said
 
 
 # --- a recipe in pieces -----------------------------------------------------------------------------------------
@@ -318,7 +322,7 @@ def test_the_command_tells_each_try_and_what_to_type(newllm, text):
     [
         (["--policy", "fill"], 2, "name a PRESET to find a batch for"),
         (["--data", "builtin"], 2, "name a PRESET to find a batch for"),
-        (["--threads", "0"], 2, "TrainConfig.threads = 0: must be a whole number from 1 to 4096, or none"),
+        (["--threads", "0"], 2, "threads = 0: must be a whole number from 1 to 4,096, or none"),
         (["nothing"], 2, "unknown preset 'nothing'"),
         (["auto", "--memory-share", "1.5"], 2, "1.5 is not in the range 0<x<=1"),
         (["auto", "--policy", "large"], 2, "'large' is not one of 'fast', 'fill', 'recipe'"),
@@ -339,7 +343,7 @@ def test_a_plan_counts_the_tokens_of_the_whole_run(text):
     assert Speed(100.0, "measured").training_seconds(setup) == pytest.approx(tokens * 1.5 / 100)
     speed = Speed(tokens / 30, "measured here for this very configuration")
     assert dict(plan_lines(setup, "x", speed=speed))["time"] == (
-        f"about 45 s of training, validation not counted ({tokens / 30:,.0f} tokens/s, measured here for this very "
+        f"about 45 s, validation and saving not counted ({tokens / 30:,.0f} tokens/s, measured here for this very "
         "configuration)"
     )
     assert "time" not in dict(plan_lines(setup, "x"))

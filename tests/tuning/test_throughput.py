@@ -93,7 +93,7 @@ def test_the_very_configuration_is_measured_once(text, monkeypatch):
     assert {entry["rows"] for entry in Store(tiny_setup(text).machine).speeds()} == {32, 48}
     monkeypatch.setattr(throughput, "time_steps", refuse)
     again = estimate_speed(tiny_setup(text, batch_size=48, lr=1e-4, epochs=7), measure=False)
-    assert again == (first.tokens_per_second, "measured here for this very configuration")
+    assert again[:2] == (first.tokens_per_second, "measured here for this very configuration")
 
 
 def test_a_measurement_of_a_busy_moment_can_be_made_anew(text, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_measurement_of_a_busy_moment_can_be_made_anew(text, monkeypatch):
         monkeypatch.setattr(throughput, "time_steps", lambda setup, taken=speed_then: (taken, 1e-3))
         assert estimate_speed(setup, anew=True).tokens_per_second == speed_then
     monkeypatch.setattr(throughput, "time_steps", refuse)
-    assert estimate_speed(setup) == (800.0, "measured here for this very configuration")
+    assert estimate_speed(setup)[:2] == (800.0, "measured here for this very configuration")
 
 
 def test_a_run_that_trained_long_enough_here_is_what_later_plans_go_by(text, tmp_path, monkeypatch):
@@ -115,15 +115,15 @@ def test_a_run_that_trained_long_enough_here_is_what_later_plans_go_by(text, tmp
     assert estimate_speed(tiny_setup(text), measure=False) is None  # nothing was trained
     longer = nl.train(config, epochs=3, progress=Progress())
     expected = (longer.history.tokens_per_second.iloc[-1], "measured here for this very configuration")
-    assert estimate_speed(tiny_setup(text), measure=False) == expected
+    assert estimate_speed(tiny_setup(text), measure=False)[:2] == expected
 
 
 def test_a_larger_batch_is_scaled_from_small_ones(text, monkeypatch):
     taken = {32: (1600.0, 1e-3), 128: (3200.0, 2e-3)}
     monkeypatch.setattr(throughput, "time_steps", lambda setup: taken[setup.config.train.batch_size])
     found = estimate_speed(tiny_setup(text, batch_size=160))  # 13.3 ms a step and 0.208 ms a row
-    assert found == (pytest.approx(160 / 0.0466667), "scaled from batch 32 and 128 measured here")
-    assert estimate_speed(tiny_setup(text, batch_size=160, micro_batch_size=64)) == (
+    assert found[:2] == (pytest.approx(160 / 0.0466667), "scaled from batch 32 and 128 measured here")
+    assert estimate_speed(tiny_setup(text, batch_size=160, micro_batch_size=64))[:2] == (
         2400.0, "scaled from batch 32 and 128 measured here",
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_leads_to_a_smaller_measurement(text, monkeypatch):
         return 500.0, 1e-3
 
     monkeypatch.setattr(throughput, "time_steps", time_steps)
-    assert estimate_speed(tiny_setup(text, batch_size=16)) == (500.0, "scaled from batch 8 measured here")
+    assert estimate_speed(tiny_setup(text, batch_size=16))[:2] == (500.0, "scaled from batch 8 measured here")
     assert asked == [16, 8]
     monkeypatch.setattr(throughput, "time_steps", out_of_memory)
     assert estimate_speed(tiny_setup(text, engine="reference")) is None
@@ -174,7 +174,7 @@ def out_of_memory(*_args):
 def test_a_slow_machine_is_measured_once(text, monkeypatch):
     asked = []
     monkeypatch.setattr(throughput, "time_steps", lambda setup: asked.append(setup) or (5.0, 60.0))
-    assert estimate_speed(tiny_setup(text, batch_size=100)) == (5.0, "scaled from batch 32 measured here")
+    assert estimate_speed(tiny_setup(text, batch_size=100))[:2] == (5.0, "scaled from batch 32 measured here")
     assert len(asked) == 1
 
 

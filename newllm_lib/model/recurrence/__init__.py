@@ -32,5 +32,5 @@ def get_engine(name: str, packed: bool = True) -> tuple[str, Callable]:
     if name == "auto":
         name = list(ENGINES)[-1]
     if name not in ENGINES:
-        raise ConfigError(f"TrainConfig.engine = {name!r}: must be auto or one of {', '.join(ENGINES)}")
+        raise ConfigError(f"engine = {name!r}: must be auto or one of {', '.join(ENGINES)}")
     return name, ENGINES[name] if packed else _PLAIN.get(name, ENGINES[name])

@@ -197,14 +197,12 @@ def _check(config: RunConfig, batch_sizes, rules, initialisations, seeds) -> Non
         parse_rule(rule, 1)
     train = config.train
     if train.lr is not None:
-        raise ConfigError(f"TrainConfig.lr = {train.lr:g}: the rules set the rate here; give lr_base, where they start")
+        raise ConfigError(f"lr = {train.lr:g}: the rules set the rate here; give lr_base, where they start")
     if train.batch_size is None or train.batch_policy != "recipe":
-        raise ConfigError(
-            "TrainConfig.batch_size must be a number here (batch_policy recipe): it is where the rules start"
-        )
+        raise ConfigError("batch_size must be a number here (batch_policy recipe): it is where the rules start")
     if config.data.layout != "windows":
         raise ConfigError(
-            f"DataConfig.layout = {config.data.layout!r}: must be windows here: a stream has as many lanes as the "
+            f"layout = {config.data.layout!r}: must be windows here: a stream has as many lanes as the "
             "batch has sequences, so that cells would not read the same sequences"
         )
 

@@ -161,12 +161,12 @@ def _check(config: RunConfig, precisions: Sequence[str]) -> None:
         raise ConfigError(f"precisions = {tuple(precisions)!r}: must be two or more of {', '.join(names)}, each once")
     if config.train.batch_policy != "recipe":
         raise ConfigError(
-            f"TrainConfig.batch_policy = {config.train.batch_policy!r}: must be recipe here, for all runs have to read "
+            f"batch_policy = {config.train.batch_policy!r}: must be recipe here, for all runs have to read "
             "the same batches; give the size with batch_size"
         )
     if config.mirror_dir:
         raise ConfigError(
-            f"RunConfig.mirror_dir = {config.mirror_dir!r}: not for this study: what it records of each step is not "
+            f"mirror_dir = {config.mirror_dir!r}: not for this study: what it records of each step is not "
             "copied; copy its folder when it is finished"
         )
 

@@ -88,5 +88,5 @@ def test_the_scale_keeps_the_expected_value():
 def test_engines_by_name():
     assert get_engine("auto")[0] in ENGINES
     assert get_engine("reference") == ("reference", ENGINES["reference"])
-    with pytest.raises(ValueError, match=r"TrainConfig\.engine = 'warp': must be auto or one of reference"):
+    with pytest.raises(ValueError, match=r"engine = 'warp': must be auto or one of reference"):
         get_engine("warp")

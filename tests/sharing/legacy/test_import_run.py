@@ -158,10 +158,10 @@ def test_values_that_are_not_valid_or_not_the_tensors_are_told(tmp_path):
     assert recipe.recognised == {}
     assert recipe.rejected == [
         "num_layers = 6: the tensors say 3",
-        "batch_size = -3: must be a whole number from 1 to 1000000, or none",
-        "learning_rate = 'fast': must be a number above 0 to 100, or none",
-        "num_epochs = True: must be a whole number from 1 to 1000000, or none",
-        "dropout = (list): must be a number from 0 to below 1",
+        "batch_size = -3: must be a whole number from 1 to 1,000,000, or none",
+        "learning_rate = 'fast': must be above 0 and at most 100, or none",
+        "num_epochs = True: must be a whole number from 1 to 1,000,000, or none",
+        "dropout = (list): must be at least 0 and below 1",
         f"seed = {str(10**400)[:60]}: must be a whole number from 0 to {2**63 - 1}",
     ]
     assert recipe.others == {"lr": "0.0005", "note": r"'\x1b[2J'"}  # nothing that a terminal would carry out
@@ -424,7 +424,7 @@ def test_tensors_that_make_no_model_are_named(tmp_path, changes, words):
 
 
 def test_a_vocabulary_that_no_model_can_have_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"ModelConfig.vocab_size = 4: must be a whole number from 5"):
+    with pytest.raises(CheckpointError, match=r"vocab_size = 4: must be a whole number from 5"):
         import_checkpoint(write_old(tmp_path / "old.pt", old_weights(vocab_size=4)))
 
 
@@ -580,7 +580,7 @@ def test_a_folder_that_is_there_is_never_touched(tmp_path, text, old):
     with pytest.raises(ValueError, match="best_l4: is there already; give the import another name"):
         import_run(old, data=str(text), results_dir=tmp_path)
     assert contents(tmp_path / "best_l4") == ["precious.txt"]
-    with pytest.raises(ValueError, match=r"RunConfig.name = 'a/b': must be a plain folder name"):
+    with pytest.raises(ValueError, match=r"name = 'a/b': must be a plain folder name"):
         import_run(old, data=str(text), results_dir=tmp_path, name="a/b")
 
 
