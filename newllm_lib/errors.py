@@ -45,6 +45,10 @@ class NewLLMError(Exception):
     def __str__(self) -> str:
         return impersonal(super().__str__())
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show: the message alone, in red. Every other exception is a bug, shown whole."""
+        return [f"\x1b[31m{terminal_text(self)}\x1b[0m"]
+
 
 # --- what a user asks for ---------------------------------------------------------------------------------------
 
@@ -95,10 +99,6 @@ class NoModelError(CheckpointError):
         super().__init__(
             f"{folder}: {why}, so there is no model: train it on (the same call; in a notebook that cell again)"
         )
-
-    def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the message alone, in red."""
-        return [f"\x1b[31m{terminal_text(self)}\x1b[0m"]
 
 
 class BundleError(NewLLMError, ValueError):

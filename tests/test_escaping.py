@@ -152,12 +152,12 @@ def test_the_panel(run):
     config = run.requested.replace(data=EVERYTHING, mirror_dir=EVERYTHING)
     panel = nl.Panel(config)
     panel.refresh()
-    shown = [panel._shown.value, *(setting.note.value for setting in (panel.preset, *panel.settings.values()))]
+    shown = [panel.view.shown.value, *(setting.note.value for setting in (panel.preset, *panel.settings.values()))]
     for html in (*shown, refused_html(EVERYTHING)):
         assert_harmless_page(html)
     setting = Setting(nl.config.flat_fields()["data"], lambda: None)
     setting.set("b")
-    setting.mark(EVERYTHING, EVERYTHING)
+    setting.mark(EVERYTHING, True, EVERYTHING)
     assert_harmless_page(setting.note.value)
 
 
@@ -181,7 +181,7 @@ def test_a_link_to_a_file(name, tmp_path, monkeypatch):
     colab.offer_download(name)
     html = shown[0]._repr_html_()
     assert_harmless_page(html)
-    assert re.match(r"<a href='[\w%./-]+' download>", html)
+    assert re.match(r"<a href='[\w%./-]+' download style='[\w:;#%-]+( [\w:;#%-]+)*'>", html)
     monkeypatch.setattr(colab, "in_kernel", lambda: False)
 
 

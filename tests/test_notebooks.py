@@ -116,8 +116,9 @@ def test_quickstart_twice_in_a_row(tmp_path, monkeypatch):
     text = printed(first)
     assert "[the value of]" in text
     assert "perplexity" in text
-    assert sum("image/png" in output.get("data", {}) for output in outputs_of(first)) == 1
-    assert shown(first).count("data:image/png;base64,") == 1  # the live curves
+    assert sum("image/png" in output.get("data", {}) for output in outputs_of(first)) == 0
+    assert shown(first).count("data:image/png;base64,") == 3  # the live curves, once
+    assert shown(first).count("<table") == 1
     assert "10 of 10" in shown(first)
     folder = next((tmp_path / "results").glob("quickstart-*/"))
     assert runs.load(folder).record["status"] == "finished"

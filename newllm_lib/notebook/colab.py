@@ -20,6 +20,10 @@ MOUNT_POINT = Path("/content/drive")
 DRIVE_FOLDER = "MyDrive/newllm"
 MAX_DOWNLOAD_BYTES = 100 << 20
 """Above it a download through the browser is not tried: large ones fail without a word."""
+_BUTTON = (
+    "display:inline-block;padding:6px 14px;border-radius:4px;background:#1f6fb4;color:#fff;text-decoration:none;"
+    "max-width:100%;overflow-wrap:anywhere"
+)
 _PAGE_SECONDS = 5
 """How long the page has to answer one question."""
 _NOT_FLUSHED = "Google Drive was NOT flushed"
@@ -106,7 +110,7 @@ def flush_drive(minutes: float = 10) -> bool:
 
 
 def offer_download(path: str | Path) -> None:
-    """Offer a file for download: by the browser on Colab, as a link in other notebooks; and say where it lies.
+    """Offer a file for download: by the browser on Colab, by a button in other notebooks; and say where it lies.
 
     FileMissingError when there is no such file. A download that fails is said, not raised.
     """
@@ -124,7 +128,9 @@ def offer_download(path: str | Path) -> None:
 
         place = os.path.relpath(path)
         address = html_attribute(quote(place))  # a file may be called javascript:...
-        display(HTML(f"<a href='{address}' download>{html_text(place)}</a>"))  # Lab opens other links as text
+        text = html_text(f"Download {path.name} ({size / 2**20:.1f} MiB)")
+        # Lab opens links without `download` as text
+        display(HTML(f"<a href='{address}' download style='{_BUTTON}'>{text}</a>"))
 
 
 def _download_from_colab(path: Path, size: int) -> None:

@@ -110,6 +110,14 @@ def report_text(record: dict[str, Any], history: list[dict[str, Any]], no_pictur
     return "\n\n".join(parts)
 
 
+def result_page(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    """What came out, without the table of validations, the curves and the samples: Markdown."""
+    record = portable(record)
+    milestones = milestones_text(record, history)
+    parts = [summary_text(record), result_text(record), *_warnings(record, history)]
+    return "\n\n".join([*parts, "## Time to the published perplexities", milestones, ""])
+
+
 def quoted(sample: str) -> str:
     """A sample as a quotation; one of several lines as a block, in which a triangle stands for the end of the bold."""
     start, bold, rest = sample.removeprefix("**").partition("**")

@@ -80,6 +80,12 @@ class Run:
         return text.replace(report.PICTURE + "\n\n", "")
 
     @property
+    def result(self) -> str:
+        """The part of the report on what came out: the best validation, warnings, published figures (Markdown)."""
+        with damaged_record(self.folder):
+            return report.result_page(self.record, history_rows(self.folder))
+
+    @property
     def best(self) -> dict[str, Any] | None:
         """The row of the history with the lowest validation loss."""
         return self.record.best

@@ -261,11 +261,13 @@ def test_a_download_that_fails_is_said(on_colab, bundle, capsys, failure):
     assert str(bundle) in said
 
 
-def test_in_a_notebook_it_is_a_link(bundle, shown, capsys):
+def test_in_a_notebook_it_is_a_button(bundle, shown, capsys):
     nl.offer_download("results/run.zip")
     (link,) = shown
     assert isinstance(link, HTML)
-    assert link._repr_html_() == "<a href='results/run.zip' download>results/run.zip</a>"
+    start, text = link._repr_html_().split(">", 1)
+    assert start.startswith("<a href='results/run.zip' download style='display:inline-block")
+    assert text == "Download run.zip (1.0 MiB)</a>"
     assert str(bundle) in capsys.readouterr().out
 
 

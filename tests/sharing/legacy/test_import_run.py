@@ -159,7 +159,7 @@ def test_values_that_are_not_valid_or_not_the_tensors_are_told(tmp_path):
     assert recipe.rejected == [
         "num_layers = 6: the tensors say 3",
         "batch_size = -3: must be a whole number from 1 to 1,000,000, or none",
-        "learning_rate = 'fast': must be above 0 and at most 100, or none",
+        "learning_rate = 'fast': must be a number, above 0 and at most 100, or none",
         "num_epochs = True: must be a whole number from 1 to 1,000,000, or none",
         "dropout = (list): must be at least 0 and below 1",
         f"seed = {str(10**400)[:60]}: must be a whole number from 0 to {2**63 - 1}",
@@ -486,8 +486,8 @@ def test_the_report_says_what_is_known_and_what_is_not(tmp_path, text, old):
         "tell |",
         "| tokenizer | made again: the 30 most frequent words of the training split of text; the file holds none |",
         "| loss | 3.2500 | as the file has it: means of batches, weighted by rows |",
-        "| 1.00 |  | 3.6000 | 3.5000 | 33.10 |  |  |  |  |",
-        "| 2.00 |  | 3.3000 | 3.2500 | **25.80** |  |  |  |  |",
+        "|  | 1.00 | 33.10 |  | 3.5000 | 3.6000 |  |  |  |",
+        "|  | 2.00 | **25.80** |  | 3.2500 | 3.3000 |  |  |  |",
     ):
         assert line in written.split("\n"), line
     assert "Seed unknown." in written
