@@ -30,7 +30,7 @@ test-notebooks: $(VENV)/.installed-dev $(VENV)-colab/.installed
 test-browser: export NEWLLM_JUPYTER_COLAB = $(abspath $(VENV)-colab)/bin/jupyter
 test-browser: export NEWLLM_JUPYTER_LAB = $(abspath $(VENV)-jupyterlab)/bin/jupyter
 test-browser: $(VENV)/.installed-dev $(VENV)-colab/.installed $(VENV)-jupyterlab/.installed
-	$(VENV)/bin/python -m pytest -n 2 --dist loadscope tests/browser/test_stacks.py tests/browser/test_in_a_browser.py tests/browser/test_hostile.py
+	$(VENV)/bin/python -m pytest -n 2 --dist loadscope tests/browser/test_stacks.py tests/browser/test_in_a_browser.py tests/browser/test_panel_in_a_browser.py tests/browser/test_hostile.py
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -243,7 +243,7 @@ class Setting:
         import ipywidgets
 
         layout = {"width": "auto", "height": "22px", "flex": "0 0 auto", "margin": "0 6px"}
-        self.chip = ipywidgets.Button(button_style="info", tooltip="put it back", layout=layout)
+        self.chip = ipywidgets.Button(tooltip="put it back", layout=layout)
         self.chip.add_class("newllm-chip")
         self.chip.on_click(lambda button: self._undo())
         self.row.children = (*self.row.children[:2], self.chip, self.row.children[2])

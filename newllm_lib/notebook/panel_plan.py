@@ -234,6 +234,6 @@ def _warning(text: str) -> str:
 def _row(line: tuple[str, str]) -> str:
     name, text = line
     return (
-        f'<div style="display:flex"><div style="flex:0 0 84px;opacity:.75">{html_text(name)}</div>'
+        f'<div style="display:flex"><div style="flex:0 0 104px;opacity:.75">{html_text(name)}</div>'
         f'<div style="flex:1 1 0;min-width:0;overflow-wrap:anywhere">{html_text(text)}</div></div>'
     )

@@ -21,8 +21,8 @@ _SCHEDULE = {
 }  # fmt: skip
 
 NOTE = (
-    "Training uses these settings as they are when it starts. While a run trains, this panel does not react; a change "
-    "that you make then is for the next run."
+    "Training uses these settings as they are when it starts. A change that you make while a run trains is for the "
+    "next run, and some notebooks show it only then."
 )
 
 STYLE = """<style>
@@ -33,9 +33,12 @@ STYLE = """<style>
     padding: 4px !important; background: transparent !important; color: inherit !important;
 }
 .newllm-panel .newllm-overruled > :not(:last-child) { opacity: .4; }
-.newllm-panel .newllm-chip { font-size: 11px; line-height: 20px; padding: 0 8px; white-space: nowrap; }
+.newllm-panel .newllm-chip {
+    background: #1f6fb4 !important; color: #fff !important; font-size: 11px; line-height: 20px; padding: 0 8px;
+    white-space: nowrap;
+}
 </style>"""
-"""Colab's dark page leaves the inside of an accordion white, and its text light."""
+"""Colab's dark page leaves the inside of an accordion white, and its text light; a theme's blue is often too light."""
 
 
 def group_of(item: FlatField) -> str:
@@ -107,8 +110,8 @@ def _small(text: str) -> str:
 
 
 _DEAD_WIDGETS = """<style>
-.jp-OutputArea-child:has(> [data-mime-type="application/vnd.jupyter.widget-view+json"]:not(:has(*))):has(+ * .{name}),
-.output_area:has(> .output_widget_view:not(:has(*))):has(+ * .{name}) {{ display: none; }}
+.jp-OutputArea-child:has(> .lm-Panel):not(:has(> .lm-Panel > *)):has(+ * .{name}),
+.output_area:has(> .jupyter-widgets-view):not(:has(> .jupyter-widgets-view > *)):has(+ * .{name}) {{ display: none; }}
 </style>"""
 """JupyterLab and classic Notebook: the output before a plan, where it holds words in place of widgets."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,15 +20,16 @@ from newllm_lib.runs.api import train
 from newllm_lib.runs.run import Run
 
 NO_INTERRUPT = (
-    "This notebook runs buttons outside of the kernel's main thread, where an interrupt does not reach a training. "
-    "Run the next cell instead: it trains with these settings."
+    "In this notebook an interrupt would not reach a training that this button starts. Run the next cell instead: it "
+    "trains with these settings."
 )
 
 
 class TrainButton:
     """Trains what a panel describes, in the kernel's main thread, where an interrupt stops and saves it.
 
-    Clicks that were made while it trained are dropped: they were meant for the run that has ended since.
+    Some kernels hear clicks in other threads, also while a cell runs; they are passed on to the main one. A click that
+    was made while a run trained is dropped: it was meant for that run.
     """
 
     def __init__(self, config: Callable[[], RunConfig], ended: Callable[[], None]):
@@ -37,22 +41,33 @@ class TrainButton:
         """The last run that was trained by the button."""
         self._busy = False
         self._until: datetime | None = None  # by the page's clock, when the last training ended
+        with contextlib.suppress(RuntimeError):  # outside of a kernel there is no loop
+            self._loop: asyncio.AbstractEventLoop | None = None
+            self._loop = asyncio.get_running_loop()
         self.button = ipywidgets.Button(description="Train", button_style="primary", layout={"width": "auto"})
         self.button.on_click(lambda button: self._clicked())
         self.page = ipywidgets.HTML()
         """Where the run is shown."""
 
     def _clicked(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            self.page.value = alert(NO_INTERRUPT)
-            return
         clicked = _click_time()
+        if threading.current_thread() is threading.main_thread():
+            self._start(clicked)
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._start, clicked)
+        elif not self._busy:
+            self.page.value = alert(NO_INTERRUPT)
+
+    def _start(self, clicked: datetime | None) -> None:
+        """Train, in the main thread, unless the click is one of those to drop; clicked: by the page's clock."""
         if self._busy or (clicked and self._until and clicked <= self._until):
             return
         self._busy, self.button.disabled, started = True, True, time.monotonic()
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a kernel sets for cells only
         try:
             self._train()
         finally:
+            signal.signal(signal.SIGINT, before)
             self._busy, self.button.disabled = False, False
             if clicked:
                 self._until = clicked + timedelta(seconds=time.monotonic() - started)

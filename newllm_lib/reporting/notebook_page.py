@@ -139,7 +139,7 @@ def _plan(view: View) -> str:
     """Every decision; folded away once there is something else to look at."""
     if not view.plan:
         return ""
-    lines = "".join(_note(line, False) for line in named_lines(view.plan))
+    lines = "".join(_note(line, False, named=True) for line in named_lines(view.plan))
     return (
         f'<details{"" if view.rows else " open"} style="margin:6px 0"><summary style="cursor:pointer">the plan: '
         f"each decision and its reason</summary>{lines}</details>"
@@ -151,15 +151,15 @@ def _notes(view: View) -> str:
     spells = sorted(view.spells.values(), key=lambda spell: not spell.active)
     notes = [_note(str(spell), True, spell.active) for spell in spells]
     if (hidden := len(view.messages) - LAST_MESSAGES) > 0:
-        notes.append(_note(f"{hidden:>10}  earlier messages are not shown", False))
+        notes.append(_note(f"{hidden:,} earlier messages are not shown", False))
     last = view.messages[-LAST_MESSAGES:]
     notes += [_note(text.removeprefix("warning: "), text.startswith("warning: ")) for text in last]
     return f'<div style="margin:6px 0">{"".join(notes)}</div>' if notes else ""
 
 
-def _note(text: str, warning: bool, active: bool = True) -> str:
-    # the indent continues a line of the plan under its text, right of the name in fifteen columns
-    indent = "padding-left:1ch" if warning else "padding-left:16ch;text-indent:-15ch"
+def _note(text: str, warning: bool, active: bool = True, named: bool = False) -> str:
+    # a line of the plan continues under its text, right of the name in fifteen columns
+    indent = "padding-left:16ch;text-indent:-15ch" if named else "padding-left:1ch"
     mark = "<b>\N{WARNING SIGN}\N{VARIATION SELECTOR-15} warning</b> " if warning else ""
     edge = f"border-left:3px solid {ORANGE};margin:3px 0" if warning else "border-left:3px solid transparent"
     style = f"{MONOSPACE};white-space:pre-wrap;overflow-wrap:anywhere;{indent};{edge}"
@@ -206,7 +206,7 @@ def _table(rows: list[Row]) -> str:
         if row is best:
             cells[0] = f"\N{BLACK STAR} {cells[0]}"
         lines.append(_table_line("".join(map(_cell, cells)), marked=row is best))
-    style = f"width:100%;min-width:760px;table-layout:fixed;border-collapse:collapse;margin:6px 0;{MONOSPACE}"
+    style = f"table-layout:auto;width:max-content;min-width:100%;border-collapse:collapse;margin:6px 0;{MONOSPACE}"
     return f'<div style="overflow-x:auto"><table style="{style}">{"".join(lines)}</table></div>'
 
 
@@ -255,12 +255,14 @@ def curves_pngs(record: dict[str, Any] | None, history: list[Row], losses: StepL
     epochs = [row["epoch"] for row in history]
 
     def draw_loss(axes) -> None:
-        if losses and losses.points:
-            axes.plot(*zip(*losses.points, strict=True), color=ORANGE, alpha=0.25, linewidth=0.8)
+        seen = losses.points if losses else []
+        if seen:
+            axes.plot(*zip(*seen, strict=True), color=ORANGE, alpha=0.25, linewidth=0.8)
             axes.plot(*zip(*losses.smoothed(), strict=True), color=ORANGE, label="training")
         if history:
-            line, label = ("o", "") if losses and losses.points else ("o-", "training")
-            axes.plot(epochs, _drawn(history, "train_loss"), line, color=ORANGE, label=label)
+            before = [row for row in history if not seen or row["epoch"] < seen[0][0]]  # steps of another process
+            means = [row["epoch"] for row in before], _drawn(before, "train_loss")
+            axes.plot(*means, "o-", color=ORANGE, label="" if seen else "training")
             axes.plot(epochs, _drawn(history, "val_loss"), "o-", color=BLUE, label="validation")
 
     def draw_ppl(axes) -> None:

@@ -39,8 +39,12 @@ class StepLosses:
         self.points = [(later, (first + second) / 2) for (_, first), (later, second) in pairs]
         self._every *= 2
 
-    def smoothed(self, weight: float = 0.95) -> list[tuple[float, float]]:
-        """The exponential moving average of the points, free of the bias of its first ones (Kingma & Ba 2014, 3)."""
+    def smoothed(self) -> list[tuple[float, float]]:
+        """The exponential moving average over about a tenth of the points, twenty at most.
+
+        It is free of the bias of its first ones (Kingma & Ba 2014, arXiv 1412.6980, section 3).
+        """
+        weight = 1 - 1 / min(20, max(1, len(self.points) / 10))
         found, mean, share = [], 0.0, 0.0
         for epochs, loss in self.points:
             mean, share = weight * mean + (1 - weight) * loss, weight * share + (1 - weight)

@@ -160,7 +160,7 @@ def chromium(server):
 @pytest.fixture
 def folder(server, request):
     """An empty folder that the server serves: a notebook in it runs in it."""
-    folder = server.folder / re.sub(r"\W+", "_", request.function.__name__)
+    folder = server.folder / re.sub(r"\W+", "_", request.node.name)
     folder.mkdir()
     return folder
 

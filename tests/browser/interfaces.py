@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import nbformat
 from playwright.sync_api import Locator, expect
 
-SECONDS = 240
+SECONDS = 60
 """How long anything may take, on a machine that does other things too."""
 
 expect.set_options(timeout=1000 * SECONDS)
@@ -30,9 +31,13 @@ class Interface:
     """Tracebacks, and what went to standard error."""
     questions: str
     """Whatever waits for an answer."""
+    dead_widgets: str
+    """How the text begins that stands in the place of widgets whose kernel is gone."""
 
     def __init__(self, page, server, shots):
         self.page, self.server, self._shots = page, server, shots
+        self.path: Path | None = None
+        """The open notebook on disk."""
 
     def open(self, path: str) -> None:
         """Open a notebook, `path` from the server's folder, until its kernel and its widgets are ready."""
@@ -40,7 +45,8 @@ class Interface:
 
     def _await_cells(self, path: str) -> None:
         """Until every code cell is on the page: those out of view are laid out late, and push others away."""
-        cells = nbformat.read(self.server.folder / path, as_version=4).cells
+        self.path = self.server.folder / path
+        cells = nbformat.read(self.path, as_version=4).cells
         hidden = [self.folds and cell.metadata.get("jupyter", {}).get("source_hidden", False) for cell in cells]
         count = sum(cell.cell_type == "code" and not folded for cell, folded in zip(cells, hidden, strict=True))
         expect(self.page.locator(f"{self.cells} {self.editor}")).to_have_count(count)
@@ -51,6 +57,20 @@ class Interface:
 
     def interrupt(self) -> None:
         """Interrupt the kernel, by the menu."""
+        raise NotImplementedError
+
+    def save(self, holds: str) -> None:
+        """Save the notebook, by the keyboard, until the file on disk holds a text."""
+
+        def saved() -> bool:
+            self.page.keyboard.press("Control+s")
+            self.page.wait_for_timeout(500)
+            return holds in self.path.read_text(encoding="utf-8")
+
+        self.until(saved, f"the saved notebook holds {holds}")
+
+    def darken(self) -> None:
+        """Make the page dark."""
         raise NotImplementedError
 
     def start(self, cell: Locator) -> None:
@@ -73,6 +93,13 @@ class Interface:
     def output(self, source: str) -> Locator:
         """All that the cell whose source holds a text shows."""
         return self.cell(source).locator(self.outputs)
+
+    def panel(self) -> Locator:
+        """The panel of settings that is shown."""
+        return self.page.locator(".newllm-panel")
+
+    def hide_files(self) -> None:
+        """Give the notebook the whole width."""
 
     def setting(self, name: str) -> Locator:
         """The row of the panel whose label is, or begins with, a field's name."""
@@ -156,6 +183,7 @@ class Lab(Interface):
     number = ".jp-InputPrompt"
     complaints = '.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]'  # tracebacks too
     questions = ".jp-Dialog-content, .jp-Stdin"
+    dead_widgets = "model not found"
 
     def open(self, path: str) -> None:
         """See Interface."""
@@ -176,6 +204,18 @@ class Lab(Interface):
         """See Interface."""
         self._menu("Kernel", "Interrupt Kernel")
 
+    def hide_files(self) -> None:
+        """See Interface."""
+        self.page.locator(".jp-SideBar [data-id=filebrowser]").click()
+        expect(self.page.locator("#jp-left-stack")).to_be_hidden()
+
+    def darken(self) -> None:
+        """See Interface."""
+        self.page.locator(".lm-MenuBar").get_by_text("Settings", exact=True).click()
+        self.page.locator(".lm-Menu").get_by_text("Theme", exact=True).hover()
+        self.page.locator(".lm-Menu").get_by_text("JupyterLab Dark", exact=True).click()
+        expect(self.page.locator("body[data-jp-theme-light=false]")).to_have_count(1)
+
 
 class Classic(Interface):
     """Notebook 6, the interface that Colab's versions belong to."""
@@ -188,6 +228,7 @@ class Classic(Interface):
     number = ".input_prompt"
     complaints = ".output_error, .output_stderr"
     questions = ".modal-dialog, .raw_input_container"
+    dead_widgets = "A Jupyter widget could not be displayed"
 
     def open(self, path: str) -> None:
         """See Interface."""
@@ -210,6 +251,13 @@ class Classic(Interface):
     def interrupt(self) -> None:
         """See Interface."""
         self._menu("Kernel", "Interrupt")
+
+    def darken(self) -> None:
+        """It has no dark theme; users bring style sheets such as this one."""
+        dark = "background: #111 !important; color: #ddd !important"
+        self.page.add_style_tag(
+            content=f"body, #site, #notebook-container, .output_area, .rendered_html, .widget-label {{ {dark} }}"
+        )
 
 
 INTERFACES = {"lab": Lab, "classic": Classic}

@@ -1,5 +1,6 @@
 """The button that trains: once for a click, and never for a click that was meant for a run that has ended."""
 
+import asyncio
 import threading
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -78,10 +79,32 @@ def test_a_click_in_the_middle_of_a_training_starts_nothing(panel, trained, kern
     assert not panel.train.button.disabled
 
 
-def test_outside_the_main_thread_it_says_what_to_do_instead(panel, trained, kernel):
+def click_in_a_thread(panel):
     thread = threading.Thread(target=panel.train.button.click)
     thread.start()
     thread.join()
+
+
+def test_a_click_that_another_thread_hears_trains_in_the_main_one(panel, trained, kernel, monkeypatch):
+    threads, train = [], train_button.train
+    monkeypatch.setattr(
+        train_button,
+        "train",
+        lambda config, progress: threads.append(threading.current_thread()) or train(config, progress),
+    )
+
+    async def notebook():
+        panel.train._loop = asyncio.get_running_loop()
+        for kernel.at in (0.0, 3.0):  # the second while the first one trains
+            click_in_a_thread(panel)
+        await asyncio.sleep(0)
+
+    asyncio.run(notebook())
+    assert threads == [threading.main_thread()]
+
+
+def test_where_the_main_thread_cannot_be_reached_it_says_what_to_do_instead(panel, trained, kernel):
+    click_in_a_thread(panel)
     assert trained == []
     assert "Run the next cell instead" in panel.train.page.value
 

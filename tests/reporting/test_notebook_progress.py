@@ -237,7 +237,7 @@ def test_a_flood_of_messages_is_cut_and_counted(progress, screen):
     assert screen.text.count("message ") == 40
     assert "message 49." in screen.text
     assert "message 9." not in screen.text
-    assert "10  earlier messages are not shown" in screen.text
+    assert "10 earlier messages are not shown" in screen.text
 
 
 HOSTILE = """<script>alert("1")</script><img src=x onerror='y'>&amp;</div>"""

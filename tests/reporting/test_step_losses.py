@@ -38,13 +38,18 @@ def test_a_run_that_goes_back_takes_its_points_back():
 
 def test_the_moving_average_has_no_bias_at_its_beginning():
     losses = StepLosses()
-    for step in range(1, 4):
-        losses.add(step, 5.0)
-    assert losses.smoothed() == [(step, pytest.approx(5.0)) for step in range(1, 4)]
-    losses.add(4, 1.0)
-    # weights 0.05 x 0.95 ** 3, ..., 0.05, over their sum: 1 - 0.95 ** 4
-    weights = [0.95**age for age in (3, 2, 1, 0)]
-    assert losses.smoothed()[-1][1] == pytest.approx((5 * sum(weights[:3]) + weights[3]) / sum(weights))
+    for step in range(1, 41):
+        losses.add(step, 5.0 if step < 40 else 1.0)
+    smoothed = losses.smoothed()
+    assert smoothed[:-1] == [(step, pytest.approx(5.0)) for step in range(1, 40)]
+    assert smoothed[-1][1] == pytest.approx(5.0 - 4.0 * 0.25, abs=1e-4)  # over four points: a quarter is of the last
+
+
+def test_a_few_points_are_not_smoothed():
+    losses = StepLosses()
+    for step in range(1, 6):
+        losses.add(step, float(step))
+    assert losses.smoothed() == losses.points
 
 
 @given(st.lists(st.floats(0, 20), max_size=400), st.integers(2, 9))
