@@ -11,14 +11,24 @@ ARCHIVE = """
 SHA256 = ""
 
 check(absent_too=True)
-if "newllm_lib" not in sys.modules:
-    packed = base64.b85decode("".join(ARCHIVE.split()))
+imported = sys.modules.get("newllm_lib")
+if imported is None or not Path(imported.__file__).is_file():  # or its folder was removed since
+    try:
+        packed = base64.b85decode("".join(ARCHIVE.split()))
+    except ValueError:
+        packed = b""
     if hashlib.sha256(packed).hexdigest() != SHA256:
         stop("The library in this notebook is damaged: its sha256 is wrong. Download the notebook again.")
-    carried = tempfile.mkdtemp(prefix="newllm_lib-")
-    atexit.register(shutil.rmtree, carried, ignore_errors=True)
-    with tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as archive:
-        archive.extractall(carried, filter="data")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "newllm_lib"]:
+        del sys.modules[name]
+    try:
+        carried = tempfile.mkdtemp(prefix="newllm_lib-")
+        with tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as archive:
+            archive.extractall(carried, filter="data")
+    except OSError as error:
+        stop(f"The library cannot be unpacked into {tempfile.gettempdir()}: {error}. Free some space, or set TMPDIR.")
+    owner = os.getpid()  # a forked process must not remove what this one still reads
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(carried, ignore_errors=True))
     sys.path.insert(0, carried)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [carried, os.environ.get("PYTHONPATH", "")])

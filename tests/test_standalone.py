@@ -135,6 +135,26 @@ def test_a_library_that_has_grown_too_large_is_refused(tidy, monkeypatch):
         tidy.standalone_cell(NOTEBOOKS.parent)
 
 
+def test_a_character_that_is_none_of_base85_is_damage_too(built, tmp_path):
+    source = setup_of(built / "00_quickstart.ipynb").source
+    at = source.index('ARCHIVE = """') + 500
+    said = outcome(f'{source[:at]}"{source[at + 1 :]}', tmp_path)
+    assert "The library in this notebook is damaged: its sha256 is wrong. Download the notebook again." in said
+
+
+def test_a_forked_process_that_ends_leaves_the_library_to_the_others(built, tmp_path):
+    (tmp_path / "cell.py").write_text(setup_of(built / "00_quickstart.ipynb").source)
+    script = (
+        "import os, sys\nexec(open('cell.py').read())\n"
+        "child = os.fork()\nif not child:\n    sys.exit(0)\nos.waitpid(child, 0)\n"
+        "print('left:', Path(carried).is_dir())\n"
+        "shutil.rmtree(carried)\nexec(open('cell.py').read())\nimport newllm_lib.runs.launch\nprint('unpacked again')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "left: True\n" in done.stdout
+    assert done.stdout.endswith("unpacked again\n")
+
+
 def test_a_damaged_file_says_so_and_the_cells_below_stay_calm(built, tmp_path):
     source = setup_of(built / "00_quickstart.ipynb").source
     said = outcome(re.sub(r'SHA256 = "\w', 'SHA256 = "x', source), tmp_path)

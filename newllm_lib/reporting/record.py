@@ -152,7 +152,8 @@ class RunRecord(dict):
         """The name of the device of the first step, as far as it is known; "" where it is not."""
         first = (self.parts or [{"environment": self.environment}])[0]
         known = first.get("environment") if self.step and isinstance(first, dict) else None
-        return (known or {}).get("device_name") or ""
+        name = known.get("device_name") if isinstance(known, dict) else None
+        return name if isinstance(name, str) else ""
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary, as JSON holds it: numbers that are not finite become None."""

@@ -50,12 +50,8 @@ def validations_left(setup: Setup, done: int = 0) -> int:
     if not every:
         return len(ends)
     near = {0} if every < FAR_APART else {-1, 0, 1}
-    between = total // every - done // every
-    return (
-        len(ends)
-        + between
-        - sum((end + shift) % every == 0 for end in ends for shift in near if done < end + shift <= total)
-    )
+    near_an_end = {end + shift for end in ends for shift in near if (end + shift) % every == 0}
+    return len(ends) + total // every - done // every - sum(done < step <= total for step in near_an_end)
 
 
 def matrix_parameters(config: ModelConfig) -> int:

@@ -162,7 +162,7 @@ def test_values_that_are_not_valid_or_not_the_tensors_are_told(tmp_path):
         "learning_rate = 'fast': must be a number, above 0 and at most 100, or none",
         "num_epochs = True: must be a whole number from 1 to 1,000,000, or none",
         "dropout = (list): must be a number, at least 0 and below 1",
-        f"seed = {str(10**400)[:60]}: must be a whole number from 0 to {2**63 - 1}",
+        f"seed = {str(10**400)[:60]}: must be a whole number from 0 to {2**63 - 1:,}",
     ]
     assert recipe.others == {"lr": "0.0005", "note": r"'\x1b[2J'"}  # nothing that a terminal would carry out
 
