@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 from playwright.sync_api import Locator, expect
 
-SECONDS = 60
+SECONDS = 240
 """How long anything may take, on a machine that does other things too."""
 
 expect.set_options(timeout=1000 * SECONDS)

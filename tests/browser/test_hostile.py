@@ -107,10 +107,10 @@ class TestHostile:
         watched = Watched(ui.page, ui.server.address)
         ui.start_all()
         ui.wait()
-        ui.shot(f"hostile_{length['EPOCHS = 2'][-1]}", ui.cell("run.report"))
+        ui.shot(f"hostile_{length['EPOCHS = 2'][-1]}", ui.cell("run.result"))
         seen = watched.seen()
         ui.keep(f"hostile_02_{length['EPOCHS = 2'][-1]}", json.dumps(seen | {"said": ui.complained()}, indent=1))
         assert seen == NOTHING
         assert ui.complained() == []
         assert list(obeyed.iterdir()) == []  # where the sender wanted a copy
-        assert "Every validation" in ui.output("run.report").last.text_content()
+        assert "Time to the published perplexities" in ui.output("run.result").last.text_content()

@@ -51,7 +51,7 @@ class InABrowser:
         ui.start_all()
         ui.wait()
         assert ui.complained() == []
-        train = ui.output("nl.train(")
+        train = ui.output("nl.train(").first
         expect(train.locator("tr")).to_have_count(11)  # a head and ten validations
         expect(train.locator(CURVES)).to_have_count(3)
         expect(train).to_contain_text("10 of 10")
@@ -72,7 +72,7 @@ class InABrowser:
     def test_interrupted_saved_and_continued(self, ui, folder, place):
         ui.open(place("00", {"STEPS = 10": "STEPS = 3000", "max(1, STEPS // 6)": "4"}))
         ui.start_all()
-        train = ui.output("nl.train(")
+        train = ui.output("nl.train(").first
         interrupt_after_validation(ui, train)
         assert ui.complained() == []  # the kernel lives, and the cells after use what is saved
         (record,) = records(folder)
@@ -97,7 +97,7 @@ class InABrowser:
         ui.start_all()
         ui.wait()
         assert ui.complained() == []
-        train, panel = ui.output("nl.train("), ui.panel()
+        train, panel = ui.output("nl.train(").first, ui.panel()
         expect(train.locator("tr")).to_have_count(4)  # a head, and validations after 4, 8 and 12 steps
         expect(train.locator(CURVES)).to_have_count(3)
         expect(panel).to_contain_text("already finished: 12 of 12 steps")
