@@ -133,7 +133,7 @@ def test_the_report_of_a_killed_run_has_its_validations(config, tmp_path):
     process.kill()
     process.wait()
     rows, text = history_rows(folder), (folder / "report.md").read_text()
-    assert f"| {rows[-2]['epoch']:.2f} | {rows[-2]['step']:,} |" in text
+    assert f"| {rows[-2]['step']:,} | {rows[-2]['epoch']:.2f} |" in text
     assert "No curves: they are drawn when training ends." in text and "![curves]" not in text
 
 
