@@ -163,8 +163,8 @@ class TrainConfig(Checked):
     """Wall-clock time between the checkpoints that guard against a lost machine; the last two stay (minutes)."""
     max_skipped_steps: int = setting(20, 1, 1_000_000, identity=False)
     """Skipped FP16 steps in a row after which training stops, or more than so many among twice as many (steps)."""
-    eval_batch_size: int = setting(256, 1, 1_000_000, identity=False)
-    """Sequences, or lanes of a stream, in one forward pass of the evaluation."""
+    eval_batch_size: int | None = setting(None, 1, 1_000_000, identity=False)
+    """Sequences, or lanes of a stream, in one forward pass of the evaluation; none = by the hardware."""
     seed: int = setting(42, 0, 2**63 - 1)
     """Seed of the initial weights, the order of the batches and the dropout."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
@@ -175,6 +175,8 @@ class TrainConfig(Checked):
     """auto, cpu, cuda, cuda:1, ..."""
     engine: str = setting("auto", identity=False)
     """Implementation of the recurrence; auto = the best that this machine has."""
+    cuda_graph: str = setting("auto", choices=("auto", "on", "off"), identity=False)
+    """Replay each training step as one CUDA graph; auto = on a GPU, where its gradients agree with the plain step's."""
     threads: int | None = setting(None, 1, 4096, identity=False)
     """CPU threads of torch while training (threads); none = torch's own choice."""
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
 from newllm_lib.config import PAD
-from newllm_lib.model.recurrence.gradient_sums import weight_gradient
+from newllm_lib.model.recurrence.gradient_sums import bias_gradient, weight_gradient
 from newllm_lib.system.buffer_pool import BUFFERS
 
-_CHUNK_LOGITS = 1 << 19
-"""Logits that exist in FP32 at one time: 2 MiB, which stay in a CPU's cache between the passes over them."""
+_CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""Logits that exist in FP32 at one time: on a CPU 2 MiB, which stay in its cache between the passes over them; on a GPU
+enough that starting the passes costs nothing beside them."""
 _ROW_STEP = 256
 """Rows are padded to a multiple of it: every new shape costs the CPU's bf16 library a compiled kernel of about 1 MiB,
 and the number of real targets differs from batch to batch."""
@@ -61,7 +64,7 @@ class _TokenLosses(torch.autograd.Function):
         nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         correct = torch.empty_like(nll, dtype=torch.bool)
         grad_logits = BUFFERS.empty(len(hidden), len(weight), like=hidden) if any(ctx.needs_input_grad) else None
-        for part in _chunks(len(hidden), len(weight)):
+        for part in _chunks(len(hidden), weight):
             wanted = targets[part, None]
             logits = linear(hidden[part], weight, bias)  # (n, V)
             log_probs = logits.log_softmax(1, dtype=wide)
@@ -88,6 +91,55 @@ class _TokenLosses(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight_type), grad_bias.to(bias_type), None
 
 
+def summed_loss(
+    hidden: Tensor, head: tuple[Tensor, Tensor], targets: Tensor, losses: Callable[[Tensor, Tensor, Tensor], None]
+) -> Tensor:
+    """The sum of the negative log-likelihoods (nats), a float32 scalar (float64 for float64 input).
+
+    hidden (N, H) in the type of the products; head = weight (V, H) and bias (V,); targets (N,) int64, PAD where there
+    is none. losses: `softmax_less_target` or another of its kind. Call it with autocast disabled. All gradients are
+    made in the forward pass, chunk by chunk, so that nothing of (N x V) is kept.
+    """
+    return _LossSum.apply(hidden, *head, targets, losses)
+
+
+def softmax_less_target(logits: Tensor, targets: Tensor, nll: Tensor) -> None:
+    """Replace logits (n, V) by softmax - onehot of targets (n,) int64, and fill nll (n,); both are 0 where PAD is."""
+    wanted, real = targets[:, None], (targets != PAD)[:, None]
+    log_probs = logits.log_softmax(1, dtype=nll.dtype)
+    nll.copy_(torch.where(real, -log_probs.gather(1, wanted), 0).squeeze(1))
+    probs = log_probs.exp_()
+    logits.copy_(probs.scatter_add_(1, wanted, probs.new_full(wanted.shape, -1.0)).masked_fill_(~real, 0))
+
+
+class _LossSum(torch.autograd.Function):
+    """Linear layer, cross entropy and sum together: the gradient of each loss is the same number."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, losses: Callable) -> Tensor:
+        """The sum for hidden (N, H), weight (V, H), bias (V,) and targets (N,)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        low, low_bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
+        nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight, grad_bias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
+        for part in _chunks(len(hidden), weight):
+            logits = linear(hidden[part], low, low_bias)  # (n, V)
+            losses(logits, targets[part], nll[part])
+            torch.mm(logits, low, out=grad_hidden[part])
+            grad_weight += weight_gradient(logits, hidden[part])
+            grad_bias += bias_gradient(logits)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
+        return nll.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        """Each gradient of the sum times that of the loss."""
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, grad_bias * grad, None, None
+
+
 def _is_first_largest(values: Tensor, index: Tensor) -> Tensor:
     """`values.argmax(1) == index` for values (n, V), index (n,): on a CPU argmax takes 50 times as long as amax."""
     if values.device.type != "cpu":
@@ -101,6 +153,7 @@ def _is_first_largest(values: Tensor, index: Tensor) -> Tensor:
     return hit
 
 
-def _chunks(rows: int, vocab_size: int) -> list[slice]:
-    size = max(1, _CHUNK_LOGITS // vocab_size // _ROW_STEP) * _ROW_STEP
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def _chunks(rows: int, weight: Tensor) -> list[slice]:
+    logits = _CHUNK_LOGITS.get(weight.device.type, _CHUNK_LOGITS["cuda"])
+    size = max(1, logits // len(weight) // _ROW_STEP) * _ROW_STEP
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -50,6 +50,11 @@ def batches_per_epoch(split: Split, batch_size: int) -> int:
     return len(split.ids) if split.carries_context else -(-len(split.ids) // batch_size)
 
 
+def ids_are_below(split: Split, vocab_size: int) -> bool:
+    """Whether every id of a split is in a vocabulary, 0 to below its size."""
+    return bool(split.ids.min() >= 0 and split.ids.max() < vocab_size)
+
+
 @lru_cache(maxsize=2)  # asked for at every batch of an epoch
 def epoch_order(seed: int, epoch: int, rows: int) -> Tensor:
     """The order (rows,) in which an epoch reads its sequences: a function of seed and epoch alone."""

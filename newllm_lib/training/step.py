@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import Dropout
 from newllm_lib.system.hardware import Precision
 from newllm_lib.system.memory import is_out_of_memory
+from newllm_lib.training.batch_graph import BatchGraph
 from newllm_lib.training.optimizers import make_optimizers, scale_lr
 from newllm_lib.training.schedule import clip_norm
 from newllm_lib.training.setup import Setup
@@ -36,8 +38,8 @@ class StepResult:
     """Whether the update was left out because a gradient was not finite (FP16 only)."""
     not_finite: tuple[str, ...]
     """The parameters whose gradient was not finite; empty unless skipped."""
-    context: Tensor
-    """(B, C) after the batch, detached."""
+    context: Tensor | None
+    """(B, C) after the batch, detached; None where the step was that of a CUDA graph, of windows."""
     ids: Tensor
     """(B, S) int64: the batch."""
 
@@ -64,6 +66,10 @@ class TrainingStep:
         self.model, self.optimizers, self.precision, self.engine = model, optimizers, precision, engine
         self.clip, self.micro_batch = clip, micro_batch
         self.scaler = precision.scaler(model.device.type, init_scale)
+        self.graph: BatchGraph | None = None
+        """Computes the gradients of whole batches of windows where there is one; `graph_choice` makes it."""
+        self.ids_checked = False
+        """Whether all ids that will come are known to be in the vocabulary."""
         self.lr_factor = 1.0
         """Of the peak learning rate."""
 
@@ -95,6 +101,10 @@ class TrainingStep:
 
         TrainingError and PartialUpdateError as of `optimizer_step`.
         """
+        if self.graph is not None and context is None and (self.micro_batch or len(ids)) >= len(ids):
+            result = self._graph_step(ids, dropout_seed)
+            if result is not None:
+                return result
         return optimizer_step(
             self.model,
             self.optimizers,
@@ -106,7 +116,17 @@ class TrainingStep:
             micro_batch=self.micro_batch,
             dropout_seed=dropout_seed,
             context=context,
+            ids_checked=self.ids_checked,
         )
+
+    def _graph_step(self, ids: Tensor, dropout_seed: int) -> StepResult | None:
+        """One update by the graph; None where the batch has more tokens at some step than the graph takes."""
+        scale = self.scaler.scale(ids.new_ones((), dtype=torch.float32))
+        totals = self.graph.compute(ids, dropout_seed, scale)
+        if not totals.fits.item():
+            return None
+        sums = torch.stack([totals.nll, totals.tokens])
+        return StepResult(*_update_or_partial(sums, self.model, self.optimizers, self.scaler, self.clip), None, ids)
 
 
 def optimizer_step(
@@ -121,20 +141,54 @@ def optimizer_step(
     micro_batch: int | None = None,
     dropout_seed: int = 0,
     context: Tensor | None = None,
+    ids_checked: bool = False,
 ) -> StepResult:
     """One update from ids (B, S) int64: the mean loss over the batch's real targets, however it is cut up.
 
-    `micro_batch` rows at a time go forward and backward, with the masks of dropout that the whole batch would have. A
+    `micro_batch` rows at a time go forward and backward, with the masks of dropout that the whole batch would have.
+    ids_checked: whether all ids are known to be in the vocabulary; asking a GPU makes the step wait for it. A
     non-finite loss, or without a scaler a non-finite gradient, raises TrainingError before any weight changes.
     PartialUpdateError where memory runs out later than that; where it does before, the error as it is: then the same
     step can be done again.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    totals, context = eager_gradients(
+        model,
+        ids,
+        engine=engine,
+        precision=precision,
+        scale=scaler.scale,
+        micro_batch=micro_batch,
+        dropout_seed=dropout_seed,
+        context=context,
+        ids_checked=ids_checked,
+    )
+    done = _update_or_partial(totals, model, optimizers, scaler, clip)
+    return StepResult(*done, context, ids)  # after the update nothing may need memory
+
+
+def eager_gradients(
+    model: NewLLM,
+    ids: Tensor,
+    *,
+    engine: Callable,
+    precision: Precision,
+    scale: Callable[[Tensor], Tensor],
+    micro_batch: int | None = None,
+    dropout_seed: int = 0,
+    context: Tensor | None = None,
+    ids_checked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of the mean loss of ids (B, S), put through `scale`, to the parameters'.
+
+    Returns the summed loss (nats) and the number of real targets, as (2,) float64 on the device, and the context
+    (B, C) after them. Options as of `optimizer_step`.
+    """
     rows, device = len(ids), ids.device
     tokens, targets = ids[:, :-1], ids[:, 1:]
     lengths = (targets != PAD).sum(1)
-    num_targets = int(lengths.sum())
+    num_targets = lengths.sum()
     nll_sum, contexts = torch.zeros((), dtype=torch.float64, device=device), []
     dropout_p = model.config.dropout
     dropout = Dropout(dropout_p, dropout_seed, device, rows) if dropout_p else None
@@ -144,40 +198,60 @@ def optimizer_step(
             dropout.first_row = start
         before = None if context is None else context[part]
         with precision.autocast(device.type):
-            hidden, after = model.hidden(tokens[part], before, lengths[part], dropout, engine)
+            hidden, after = model.hidden(tokens[part], before, lengths[part], dropout, engine, checked=ids_checked)
             nll, _ = token_losses(hidden, model.head, targets[part])
-        scaler.scale(nll.sum() / num_targets).backward()
+        scale(nll.sum() / num_targets).backward()
         nll_sum += nll.detach().sum()
         contexts.append(after.detach())
         del hidden, after, nll  # or this part's activations would stay while the next part makes its own
-    total, context = float(nll_sum), torch.cat(contexts)
-    if not math.isfinite(total):
-        raise TrainingError(
-            f"the loss is {total}: the weights have left the range in which they can learn; a lower lr may help"
-        )
+    return torch.stack([nll_sum, num_targets.double()]), torch.cat(contexts)
+
+
+class _Update(NamedTuple):
+    """The fields of a `StepResult` up to its context."""
+
+    nll: float
+    tokens: int
+    grad_norm: float
+    skipped: bool
+    not_finite: tuple[str, ...]
+
+
+def _update_or_partial(totals: Tensor, model: NewLLM, *rest) -> _Update:
+    """As `_update`; PartialUpdateError where memory runs out."""
     try:
-        norm, not_finite = _update(model, optimizers, scaler, clip)
+        return _update(totals, model, *rest)
     except Exception as error:
         if is_out_of_memory(error):
             raise PartialUpdateError(str(error)) from error
         raise
-    # from here on nothing may need memory
-    return StepResult(total, num_targets, norm, bool(not_finite), not_finite, context, ids)
 
 
 def _update(
-    model: NewLLM, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, clip: float
-) -> tuple[float, tuple[str, ...]]:
-    """Unscale, clip and step; returns the norm before clipping, and the parameters for which the step was left out."""
+    totals: Tensor,
+    model: NewLLM,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    clip: float,
+) -> _Update:
+    """Unscale, clip and step by the gradients of a pass whose `totals` (2,) are its summed loss and real targets.
+
+    Everything that the host must know is read at once, since each reading waits for the device.
+    """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     total = torch.nn.utils.get_total_norm(gradients)
-    norm, not_finite = float(total), ()
+    nll, tokens, norm = torch.cat([totals, total.double().reshape(1)]).tolist()
+    if not math.isfinite(nll):
+        raise TrainingError(
+            f"the loss is {nll}: the weights have left the range in which they can learn; a lower lr may help"
+        )
+    not_finite: tuple[str, ...] = ()
     if math.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            optimizer.step()  # not scaler.step, which waits for the device to learn what the norm says already
     else:
         not_finite = _not_finite(model)
         if not scaler.is_enabled():
@@ -186,7 +260,7 @@ def _update(
                 f"{listed(not_finite)}; a lower lr may help"
             )
     scaler.update()
-    return norm, not_finite
+    return _Update(nll, round(tokens), norm, bool(not_finite), not_finite)
 
 
 def _not_finite(model: NewLLM) -> tuple[str, ...]:

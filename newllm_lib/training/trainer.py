@@ -20,10 +20,11 @@ from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.hardware import cpu_threads
 from newllm_lib.system.memory import is_out_of_memory, peak_memory_bytes, reset_peak_memory
 from newllm_lib.training import schedule, skips
-from newllm_lib.training.batches import Batches, mix_seed
+from newllm_lib.training.batches import Batches, ids_are_below, mix_seed
 from newllm_lib.training.checkpoint import Checkpoints
 from newllm_lib.training.early_stopping import EarlyStopping
 from newllm_lib.training.estimates import FAR_APART
+from newllm_lib.training.graph_choice import choose_graph
 from newllm_lib.training.interrupt import StopRequest
 from newllm_lib.training.micro_batches import AdaptiveMicroBatch
 from newllm_lib.training.observers import CallFunctions, Observer, ReportProgress
@@ -61,6 +62,7 @@ class Trainer:
         self.on_save: Callable[[], None] = lambda: None
         train = setup.config.train
         self.training_step = TrainingStep.for_run(setup, model)
+        self.training_step.ids_checked = ids_are_below(setup.train_split, setup.config.model.vocab_size)
         self.optimizers = self.training_step.optimizers
         decay_steps = train.decay_steps or setup.total_steps
         self.state = TrainState(decay_steps=decay_steps, warmup_steps=schedule.warmup_of(train, decay_steps))
@@ -97,6 +99,11 @@ class Trainer:
         self._saver.begin(self.payload)
         self.model.train()
         reset_peak_memory(self.setup.machine)
+        if self.training_step.graph is None:
+            chosen = choose_graph(self.setup, self.model, self._batches)
+            self.training_step.graph = chosen.graph
+            if chosen.reason:
+                self.progress.message(chosen.reason)
         self._mid_step = True
         with self._stop.listening(), cpu_threads(self.setup.machine.threads), BUFFERS.kept():
             while not (ended := self.ended()) and not self._stop.requested:
@@ -157,6 +164,7 @@ class Trainer:
             failure, partial_update = str(error), isinstance(error, PartialUpdateError)
         # only here is the error gone, and with its traceback the tensors of the failed step
         self.model.zero_grad(set_to_none=True)
+        self.training_step.graph = None  # and with it the memory of its pass
         self._micro_batch.halve(min(self._micro_batch.rows, train.batch_size), failure)
         if partial_update:
             self._restore_newest()

@@ -26,6 +26,7 @@ from newllm_lib.system.timing import wait
 from newllm_lib.training.batches import Batches
 from newllm_lib.training.checkpoint import save_checkpoint
 from newllm_lib.training.estimates import memory_estimate_bytes
+from newllm_lib.training.graph_choice import choose_graph
 from newllm_lib.training.rng import generator_states, restore_generators
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.step import StepResult, TrainingStep
@@ -187,6 +188,7 @@ class _Copy:
         self.step = TrainingStep.for_run(setup, self.model, init_scale=1.0)
         self.step.set_lr(0.0)
         self.batches = Batches(setup.train_split, train.batch_size, train.seed, self.device)
+        self.step.graph = choose_graph(setup, self.model, self.batches).graph
 
     def full_rows(self, rows: int) -> Tensor:
         """Ids (rows, S) of random words, none of them padding: as much work and memory as a batch can take."""

@@ -13,7 +13,7 @@ from newllm_lib.errors import ConfigError
 NOT_IN_IDENTITY = {
     "epochs", "max_steps", "decay_steps", "patience", "min_delta", "micro_batch_size", "validate_every_steps",
     "checkpoint_every_epochs", "checkpoint_every_minutes", "max_skipped_steps", "eval_batch_size", "device", "engine",
-    "threads", "preset", "name", "results_dir", "emulate_precision", "mirror_dir",
+    "threads", "preset", "name", "results_dir", "emulate_precision", "mirror_dir", "cuda_graph",
 }  # fmt: skip
 
 IDENTITY_DEFAULTS = {

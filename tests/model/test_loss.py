@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from newllm_lib.model import loss as loss_module
-from newllm_lib.model.loss import token_losses
+from newllm_lib.model.loss import softmax_less_target, summed_loss, token_losses
 
 
 def case(dtype, rows=3, length=7, width=5, vocab=9):
@@ -19,7 +19,7 @@ def case(dtype, rows=3, length=7, width=5, vocab=9):
 @pytest.mark.parametrize(("row_step", "chunk_logits"), [(1, 1), (1, 40), (4, 40), (5, 1), (256, 1 << 23)])
 def test_token_losses_equal_cross_entropy_in_values_and_gradients(row_step, chunk_logits, monkeypatch):
     monkeypatch.setattr(loss_module, "_ROW_STEP", row_step)
-    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", chunk_logits)
     hidden, weight, bias, targets = case(torch.float64)
     scale = torch.randn(int((targets != 0).sum()), dtype=torch.float64)
     nll, correct = token_losses(hidden, (weight, bias), targets)
@@ -82,3 +82,20 @@ def test_the_likeliest_token_is_the_first_of_equals():
     values = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [5.0, 5.0, 5.0], [0.0, 1.0, 2.0]])
     for index in (torch.tensor([1, 0, 0, 2]), torch.tensor([2, 1, 1, 2]), torch.tensor([0, 0, 2, 0])):
         assert loss_module._is_first_largest(values, index).tolist() == (values.argmax(1) == index).tolist()
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 1 << 20])
+def test_the_summed_loss_equals_cross_entropy_in_value_and_gradients(chunk_logits, monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", chunk_logits)
+    torch.manual_seed(0)
+    shapes = ((700, 6), (11, 6), (11,))
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    targets = torch.randint(0, 11, (700,))  # 0 is PAD
+    found = summed_loss(inputs[0], tuple(inputs[1:]), targets, softmax_less_target)
+    logits = linear(*inputs)
+    expected = cross_entropy(logits, targets, ignore_index=0, reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    for value, wanted in zip(
+        torch.autograd.grad(0.25 * found, inputs), torch.autograd.grad(0.25 * expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
@@ -27,7 +28,7 @@ class Dropout:
         self.rate, self.first_row = rate, 0
         self._seed, self._device, self._batch_rows = seed, device, batch_rows
         self._whole: Tensor | None = None  # the bits of a batch, kept while its parts come
-        self._threshold = round(rate * _LEVELS) - _LEVELS // 2
+        self.threshold = round(rate * _LEVELS) - _LEVELS // 2
         self._steps = random.Random(seed)
 
     def start(self, num_layers: int, rows: int, width: int, order: Tensor | None = None) -> None:
@@ -44,19 +45,70 @@ class Dropout:
 
     def _draw(self, num_layers: int, rows: int, width: int) -> Tensor:
         """Random int16 (L, rows, H), the same at every call."""
-        count = num_layers * rows * width
-        words = torch.empty(-(-count // 4), dtype=torch.int64, device=self._device)
-        words.random_(-(2**63), None, generator=torch.Generator(self._device).manual_seed(self._seed))
-        return words.view(torch.int16)[:count].view(num_layers, rows, width)
+        return random_bits(self._seed, (num_layers, rows, width), self._device)
 
     def next_masks(self, rows: int, dtype: torch.dtype = torch.bool) -> Tensor:
         """Masks (L, rows, H) of the first `rows` rows in the next time step: true or 1 keeps a unit."""
-        factor = self._steps.randrange(-_LEVELS // 2 + 1, _LEVELS // 2, 2)
-        shift = self._steps.randrange(-_LEVELS // 2, _LEVELS // 2)
+        factor, shift = self._step_numbers()
         mixed = torch.mul(self._bits[:, :rows], factor, out=self._mixed[:, :rows]).add_(shift)
-        return torch.ge(mixed, self._threshold, out=torch.empty(mixed.shape, dtype=dtype, device=mixed.device))
+        return torch.ge(mixed, self.threshold, out=torch.empty(mixed.shape, dtype=dtype, device=mixed.device))
+
+    def _step_numbers(self) -> tuple[int, int] | tuple[Tensor, Tensor]:
+        """a_t and b_t of the next time step."""
+        return _step_numbers(self._steps)
 
     @property
     def scale(self) -> float:
         """Factor on the kept units that leaves their expected value unchanged."""
         return 1.0 / (1.0 - self.rate)
+
+
+class StaticDropout(Dropout):
+    """The masks of a `Dropout` of the same seed, in memory that stays in place, as a CUDA graph needs it.
+
+    `fill` draws what a pass reads, outside of the graph; the pass itself asks no generator and no clock of the host.
+    """
+
+    def __init__(self, rate: float, num_layers: int, rows: int, width: int, steps: int, device: torch.device | str):
+        super().__init__(rate, 0, device)
+        self.drawn = torch.zeros(num_layers, rows, width, dtype=torch.int16, device=device)
+        self.numbers = torch.zeros(steps, 2, dtype=torch.int16, device=device)
+        """(T, 2) int16: a_t and b_t of each time step."""
+        self._next = 0
+
+    @property
+    def bits(self) -> Tensor:
+        """(L, rows, H) int16: what the masks are made from, rows in the order of the pass that was started."""
+        return self._bits
+
+    def fill(self, seed: int, rows: int) -> None:
+        """Make the masks those of `Dropout(rate, seed)` for a batch of `rows` rows (as many as fit here at most)."""
+        layers, _, width = self.drawn.shape
+        self.drawn[:, :rows].copy_(random_bits(seed, (layers, rows, width), self._device))
+        steps = random.Random(seed)
+        self.numbers.copy_(torch.tensor([_step_numbers(steps) for _ in self.numbers], dtype=torch.int16))
+
+    def start(self, num_layers: int, rows: int, width: int, order: Tensor | None = None) -> None:
+        """Begin a pass, as of `Dropout`; the shapes are those that it was made for."""
+        self._bits = self.drawn if order is None else self.drawn[:, order]
+        self._mixed = torch.empty_like(self._bits)
+        self._next = 0
+
+    def _step_numbers(self) -> tuple[Tensor, Tensor]:
+        factor, shift = self.numbers[self._next]
+        self._next += 1
+        return factor, shift
+
+
+def random_bits(seed: int, shape: tuple[int, int, int], device: torch.device | str) -> Tensor:
+    """Random int16 of a shape: a function of seed, shape and device."""
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
+    return words.view(torch.int16)[:count].view(shape)
+
+
+def _step_numbers(steps: random.Random) -> tuple[int, int]:
+    """a_t, odd, and b_t of the next time step."""
+    factor = steps.randrange(-_LEVELS // 2 + 1, _LEVELS // 2, 2)
+    return factor, steps.randrange(-_LEVELS // 2, _LEVELS // 2)

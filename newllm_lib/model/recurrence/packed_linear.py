@@ -34,11 +34,14 @@ class Product:
 
 
 def packs(weight: Tensor, rows: int) -> bool:
-    """Whether this build and type can use oneDNN's layout, and gain by it: not for one row in FP32."""
-    if rows == 1 and weight.dtype == torch.float32:
+    """Whether this build, processor and type can use oneDNN's layout, and gain by it: not for one row in FP32."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
-    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-    return known and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype == torch.float32:
+        return rows > 1
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not on a processor without AVX-512
 
 
 def _pack(weight: Tensor, rows: int) -> Tensor:
