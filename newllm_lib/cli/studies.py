@@ -125,7 +125,7 @@ def _show(study: Any, as_json: bool, files: str) -> None:
     "--part",
     "parts",
     multiple=True,
-    help="batch, fp32, length, hidden_dim, num_layers, execution, inference; repeat (default: all).",
+    help="batch, fp32, length, hidden_dim, num_layers, gpu, execution, inference; repeat (default: all, gpu on a GPU).",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured steps a case (median).")
 @click.option(
@@ -138,9 +138,9 @@ def _show(study: Any, as_json: bool, files: str) -> None:
 def bench(data: str, parts: tuple[str, ...], rounds: int, memory: bool, out: Path, as_json: bool) -> None:
     """Time training steps of the engines beside the published loop, an LSTM and the machine's own product rate."""
     from newllm_lib.studies.bench.report import GROWTH, table_text
-    from newllm_lib.studies.bench.training_speed import EXECUTION, INFERENCE, PARTS, run_bench
+    from newllm_lib.studies.bench.training_speed import default_parts, run_bench
 
-    chosen = list(parts or (*PARTS, EXECUTION, INFERENCE))
+    chosen = list(parts or default_parts())
     result = run_bench(data, out, chosen, rounds, memory, lambda text: echo(text, err=True))
     if as_json:
         echo_json(result)

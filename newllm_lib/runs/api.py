@@ -23,6 +23,7 @@ from newllm_lib.runs.run import Loaded, Run, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors
+from newllm_lib.system.hardware import default_eval_batch_size
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.trainer import Trainer
 from newllm_lib.tuning import estimate_speed
@@ -115,7 +116,7 @@ def evaluate(
     chosen, engine = choose_numerics(model.device, precision)
     if chosen.substituted:
         warn_on_stderr(f"scored in {chosen.name}: {chosen.reason}")
-    batch = config.train.eval_batch_size
+    batch = config.train.eval_batch_size or default_eval_batch_size(model.device.type)
     with BUFFERS.kept():
         return evaluate_split(model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine.run)
 

@@ -155,6 +155,11 @@ def default_batch_size(machine: Machine) -> int:
     return 128 if machine.kind == "cpu" else 256
 
 
+def default_eval_batch_size(kind: str) -> int:
+    """Sequences the evaluation takes at a time on a device of this kind: a GPU has room for more, and time for few."""
+    return 256 if kind == "cpu" else 2048
+
+
 def cpu_flags() -> frozenset[str]:
     """Instruction set flags as Linux lists them; none where it is not Linux."""
     return frozenset((_proc_line("/proc/cpuinfo", "flags") or "").split())

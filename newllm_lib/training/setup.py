@@ -11,7 +11,14 @@ from newllm_lib.config import RunConfig, TrainConfig
 from newllm_lib.data.dataset import Prepared, Split, prepare
 from newllm_lib.errors import ConfigError
 from newllm_lib.model.recurrence.self_check import EngineChoice, choose_engine
-from newllm_lib.system.hardware import Machine, Precision, choose_precision, default_batch_size, detect
+from newllm_lib.system.hardware import (
+    Machine,
+    Precision,
+    choose_precision,
+    default_batch_size,
+    default_eval_batch_size,
+    detect,
+)
 from newllm_lib.training import schedule
 from newllm_lib.training.batches import batches_per_epoch
 
@@ -80,6 +87,8 @@ def make_setup(config: RunConfig, decided: dict[str, Any] | None = None, prepare
     prepared = prepared.under(config) if prepared else prepare(config)
     identity = config.identity(prepared.fingerprint)  # of what was asked for: what is left open stays open in it
     config = prepared.config
+    if train.eval_batch_size is None:
+        config = config.replace(eval_batch_size=default_eval_batch_size(machine.kind))
     found = "batch_size" in decided and train.batch_policy != "recipe"
     if train.batch_size is None or train.batch_policy != "recipe":
         most = largest_batch(prepared.split("train", lanes=1), config)

@@ -25,7 +25,7 @@ from newllm_lib.runs.recorder import SAMPLE_TOKENS, command, data_facts, sample_
 from newllm_lib.sharing.legacy.old_checkpoint import SHAPE_ATTRIBUTES, History, OldFile, Recipe, read_history, read_old
 from newllm_lib.sharing.legacy.safe_unpickle import Record
 from newllm_lib.system.files import file_errors
-from newllm_lib.system.hardware import environment
+from newllm_lib.system.hardware import default_eval_batch_size, environment
 
 SCORE_TOLERANCE = 0.05
 """Share by which a perplexity here may differ from the history's before the text is doubted: the weighting of batches
@@ -109,7 +109,7 @@ def _score(model: NewLLM, prepared: Prepared) -> Metrics:
         model,
         prepared.split("validation"),
         precision=precision,
-        batch_size=prepared.config.train.eval_batch_size,
+        batch_size=prepared.config.train.eval_batch_size or default_eval_batch_size("cpu"),
         engine=engine.run,
     )
 

@@ -17,6 +17,7 @@ SERIES = {
     "published": ("published loop", "#777777"),
     "reference": ("reference", "#d9701e"),
     "fused": ("fused", "#1f6fb4"),
+    "graph": ("fused, one CUDA graph", "#7a3fb4"),
     "lstm": ("torch.nn.LSTM", "#3a9a5b"),
 }
 GROWTH = {
@@ -61,7 +62,7 @@ def _rows_text(rows: list[dict[str, Any]]) -> str:
             str(row["length"]),
             str(row["hidden_dim"]),
             str(row["num_layers"]),
-            f"{1000 * row['seconds']:,.0f}",
+            f"{1000 * row['seconds']:,.{0 if row['seconds'] >= 0.1 else 1}f}",
             f"{row['slots_per_second']:,.0f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{base / row['seconds']:.2f}" if base else "",

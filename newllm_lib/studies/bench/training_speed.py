@@ -22,10 +22,12 @@ from torch import Tensor
 from newllm_lib.config import PAD, ModelConfig, RunConfig, TrainConfig
 from newllm_lib.config.portable import last_part
 from newllm_lib.data.dataset import prepare
+from newllm_lib.data.sequences import target_lengths
 from newllm_lib.errors import ConfigError, TrainingError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.packed_linear import Product
 from newllm_lib.model.recurrence.self_check import choose_numerics
+from newllm_lib.model.recurrence.static_packing import most_active
 from newllm_lib.reporting.record import finite
 from newllm_lib.studies.bench.baselines import LSTMModel, PublishedLoop, plain_step
 from newllm_lib.studies.bench.execution_choice import measure_choice
@@ -33,8 +35,9 @@ from newllm_lib.studies.bench.inference_speed import measure_inference
 from newllm_lib.studies.bench.report import GROWTH, table_text, write_plot
 from newllm_lib.system.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.system.hardware import Machine, choose_precision, cpu_threads, detect, environment, native_formats
-from newllm_lib.system.memory import peak_memory_bytes
+from newllm_lib.system.memory import peak_memory_bytes, reset_peak_memory
 from newllm_lib.system.timing import timed
+from newllm_lib.training.batch_graph import BatchGraph, best_kernels
 from newllm_lib.training.estimates import matrix_parameters
 from newllm_lib.training.optimizers import make_optimizers
 from newllm_lib.training.step import TrainingStep
@@ -84,11 +87,33 @@ def make_step(
     return step
 
 
+def graph_step(model: NewLLM, sequences: Tensor, precision: str) -> Callable[[], float]:
+    """As `make_step`, replayed as one CUDA graph that is made for these very sequences."""
+    chosen, engine = choose_numerics(model.device, precision, "fused")
+    train = TrainConfig()
+    training_step = TrainingStep(
+        model, make_optimizers(model, train, train.lr_base, chosen.name), chosen, engine.run, clip=0.5
+    )
+    lengths = target_lengths(sequences.cpu().numpy())
+    active = most_active([lengths], len(sequences), sequences.shape[1] - 1)
+    training_step.graph = BatchGraph(model, chosen, len(sequences), active, best_kernels(model, chosen)[0])
+    training_step.graph.capture(sequences)
+    calls = iter(range(1 << 62))
+
+    def step() -> float:
+        result = training_step(sequences, dropout_seed=next(calls))
+        return result.nll / result.tokens
+
+    return step
+
+
 def subject_step(case: Case, ids: Tensor, machine: Machine) -> Callable[[], float]:
     """The step of a case. The published loop runs in FP32 on a CPU and under AMP on a GPU, as it did."""
     torch.manual_seed(0)
     if case.subject in ("reference", "fused"):
         return make_step(NewLLM(case.model).to(machine.device), ids, case.subject, case.precision)
+    if case.subject == "graph":
+        return graph_step(NewLLM(case.model).to(machine.device), ids, case.precision)
     model = (PublishedLoop if case.subject == "published" else LSTMModel)(case.model).to(machine.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     published = "fp16" if machine.kind == "cuda" else "fp32"
@@ -121,16 +146,44 @@ def measure(
     cases = [with_format(case, machine) for case in cases]
     rows = batches(data, cases, machine)
     with cpu_threads(machine.threads):
-        steps = [subject_step(case, rows[case.batch, case.length], machine) for case in cases]
+        made = [made_step(case, rows[case.batch, case.length], machine) for case in cases]
+        steps = [step for step, _ in made]
         products = [case_products(case, machine) for case in cases]
         times: list[list[tuple[float, float]]] = [[] for _ in cases]
+        peaks: list[dict[str, int]] = [{} for _ in cases]
         for turn in range(rounds + 1):
             for number, (step, product) in enumerate(zip(steps, products, strict=True)):
+                held = reset_gpu_peak(machine)
                 taken = (timed(step, machine), timed(product, machine))
                 if turn:
                     times[number].append(taken)
+                    if held is not None:
+                        peaks[number] = {"memory_bytes": made[number][1] + peak_memory_bytes(machine) - held}
             report(f"round {turn} of {rounds}" + (" (warm-up)" if not turn else ""))
-    return [describe(case, rows[case.batch, case.length], taken) for case, taken in zip(cases, times, strict=True)]
+    return [
+        describe(case, rows[case.batch, case.length], taken) | peak
+        for case, taken, peak in zip(cases, times, peaks, strict=True)
+    ]
+
+
+def made_step(case: Case, ids: Tensor, machine: Machine) -> tuple[Callable[[], float], int]:
+    """The step of a case, and what it holds of a GPU before its first call, the model aside: a graph's memory."""
+    if machine.kind != "cuda":
+        return subject_step(case, ids, machine), 0
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(machine.device)
+    step = subject_step(case, ids, machine)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(machine.device) - before
+    return step, max(0, held - 4 * case.model.num_parameters)
+
+
+def reset_gpu_peak(machine: Machine) -> int | None:
+    """Bytes that tensors hold on a GPU, where a new peak begins with this call; None on a CPU, whose peak stays."""
+    if machine.kind != "cuda":
+        return None
+    reset_peak_memory(machine)
+    return peak_memory_bytes(machine)
 
 
 def with_format(case: Case, machine: Machine) -> Case:
@@ -180,7 +233,7 @@ def case_products(case: Case, machine: Machine) -> Callable[[], None]:
     """The hidden layer's three products at this batch: forward, backward, and the weight's gradient.
 
     The first two are (batch x H x H) at every step, in the layout that the engine uses; the third is one product over
-    all slots.
+    all slots. On a GPU as one graph, so that the rate is that of its arithmetic and not of launching it.
     """
     precision = choose_precision(case.precision, machine)
     h, steps = case.hidden_dim, case.length - 1
@@ -194,7 +247,26 @@ def case_products(case: Case, machine: Machine) -> Callable[[], None]:
             product(x)
         long.t() @ long
 
-    return once
+    return as_graph(once) if machine.kind == "cuda" else once
+
+
+def as_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """Work of a GPU, recorded once to be replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # in which libraries choose their kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+
+    def replay(
+        _held: Callable[[], None] = work,
+    ) -> None:  # a graph reads the memory of its inputs, and does not hold it
+        graph.replay()
+
+    return replay
 
 
 # --- memory: each case in a process of its own, since a process's peak never falls -------------------------------
@@ -234,13 +306,33 @@ PARTS: dict[str, list[Case]] = {
     ],
     "hidden_dim": [Case(subject="fused", batch=128, hidden_dim=width) for width in (256, 512, 1024, 2048)],
     "num_layers": [Case(subject="fused", batch=128, num_layers=layers) for layers in (2, 6, 12)],
+    "gpu": [
+        Case(subject=name, batch=batch, precision=precision)
+        for batch in (256, 2048, 4096)
+        for name, precision in (
+            ("published", "fp16"),
+            ("reference", "fp16"),
+            ("fused", "fp16"),
+            ("graph", "fp16"),
+            ("graph", "bf16"),
+            ("graph", "fp32"),
+        )
+    ],
 }
 """Each part is one comparison, its cases taken in turn."""
+GPU_PARTS = ("gpu",)
+"""Parts for a GPU: on a CPU they would take hours, and are left out unless they are asked for."""
 INFERENCE, EXECUTION = "inference", "execution"
 """The parts that compare no subjects: generation, and how well a run's format, threads and layout are chosen."""
 
 MEMORY = [Case(subject=name, batch=batch) for name, batch in (("published", 512), ("fused", 512), ("fused", 2048))]
 """Cases whose peak memory is measured, each in a process of its own."""
+
+
+def default_parts() -> list[str]:
+    """The parts that this machine measures unless some are asked for."""
+    left_out = () if detect().kind == "cuda" else GPU_PARTS
+    return [*(part for part in PARTS if part not in left_out), EXECUTION, INFERENCE]
 
 
 @file_errors()
