@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from newllm_lib.model.recurrence import fused, kernel_loop, time_loop
 from newllm_lib.model.recurrence.dropout import StaticDropout
 from newllm_lib.model.recurrence.kernels import Kernels, kernels_for
 from newllm_lib.model.recurrence.static_packing import Envelope, StaticPacking
+from newllm_lib.system.cuda_graph import recorded
 from newllm_lib.system.hardware import Precision
 
 _WARM_UPS = 3
@@ -55,7 +57,7 @@ class BatchGraph:
         if config.dropout:
             shape = (config.num_layers, rows, config.hidden_dim)
             self._dropout = StaticDropout(config.dropout, *shape, steps, device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] = self._pass
         self._gradients: list[Tensor] = []
         self._totals: Tensor | None = None
 
@@ -67,10 +69,7 @@ class BatchGraph:
         """
         with _on(ids.device):
             self._load(ids, dropout_seed, scale)
-            if self._graph is None:
-                self._pass()
-            else:
-                self._graph.replay()
+            self._replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         return Totals(*self._totals)
@@ -79,17 +78,7 @@ class BatchGraph:
         """Make the graph; ids as of `compute`."""
         with _on(ids.device):
             self._load(ids, dropout_seed, self._scale)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    self._pass()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._gradients, self._totals = [], None
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._pass()
-        self._graph = graph
+        self._replay = recorded(self._pass, ids.device, _WARM_UPS)
 
     def _load(self, ids: Tensor, dropout_seed: int, scale: Tensor) -> None:
         """Put what a pass reads where it reads it; missing rows are padding."""

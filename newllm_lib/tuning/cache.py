@@ -16,8 +16,8 @@ from newllm_lib.system.hardware import Machine
 from newllm_lib.training.estimates import matrix_parameters
 from newllm_lib.training.setup import Setup
 
-VERSION = 4
-"""Raise it when what is kept, or what it was measured with, changes its meaning (4: Muon in the run's format)."""
+VERSION = 5
+"""Raise it when what is kept, or what it was measured with, changes its meaning (5: a GPU replays its steps)."""
 _SPEED_FIELDS = {"facts", "batch_size", "rows", "tokens_per_second"}
 _VALIDATION_FIELDS = ("validation_tokens_per_second", "saving_seconds")
 """What later versions added to a speed, where they know it."""

@@ -26,7 +26,7 @@ def weight_gradient(deltas: Tensor, inputs: Tensor) -> Tensor:
     if _widens(deltas.device, deltas.dtype):
         return torch.mm(deltas.t(), inputs, out_dtype=wide)
     total = torch.zeros(deltas.shape[1], inputs.shape[1], dtype=wide, device=deltas.device)
-    if deltas.dtype == torch.float16 or not _adds_up_wide(deltas.device, deltas.dtype):
+    if deltas.dtype == torch.float16:
         for some, those in zip(deltas.split(_BLOCK), inputs.split(_BLOCK), strict=True):
             total.addmm_(some.to(wide).t(), those.to(wide))
     else:  # bfloat16 has the range of FP32, and its products are several times as fast on many CPUs
@@ -53,14 +53,3 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.mm(column.t(), column, out_dtype=torch.float32).item() == 128 * 32.0 * 32.0
     except (RuntimeError, TypeError):  # an older torch, or a GPU that its library has no such product for
         return False
-
-
-@lru_cache(maxsize=16)
-def _adds_up_wide(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of 16-bit matrices is summed in more than 16 bits here, tried once.
-
-    Where a processor has no BF16 of its own, torch's stand-in for some shapes rounds every partial sum to BF16, which
-    stops growing at 256 times the summand.
-    """
-    column = torch.ones(4096, 1, dtype=dtype, device=device)
-    return (column.t() @ column).item() == 4096

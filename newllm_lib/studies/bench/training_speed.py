@@ -33,6 +33,7 @@ from newllm_lib.studies.bench.baselines import LSTMModel, PublishedLoop, plain_s
 from newllm_lib.studies.bench.execution_choice import measure_choice
 from newllm_lib.studies.bench.inference_speed import measure_inference
 from newllm_lib.studies.bench.report import GROWTH, table_text, write_plot
+from newllm_lib.system.cuda_graph import recorded
 from newllm_lib.system.files import file_errors, make_folder, write_text_atomic
 from newllm_lib.system.hardware import Machine, choose_precision, cpu_threads, detect, environment, native_formats
 from newllm_lib.system.memory import peak_memory_bytes, reset_peak_memory
@@ -247,26 +248,7 @@ def case_products(case: Case, machine: Machine) -> Callable[[], None]:
             product(x)
         long.t() @ long
 
-    return as_graph(once) if machine.kind == "cuda" else once
-
-
-def as_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """Work of a GPU, recorded once to be replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()  # in which libraries choose their kernels
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-
-    def replay(
-        _held: Callable[[], None] = work,
-    ) -> None:  # a graph reads the memory of its inputs, and does not hold it
-        graph.replay()
-
-    return replay
+    return recorded(once, machine.device) if machine.kind == "cuda" else once
 
 
 # --- memory: each case in a process of its own, since a process's peak never falls -------------------------------
