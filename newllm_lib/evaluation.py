@@ -6,9 +6,11 @@ sums over the targets that are not `<UNK>` (softmax over the whole vocabulary).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +98,20 @@ class MetricSums:
             bits_per_byte_known=(nll - nll_spelled) / math.log(2) / (size - spelled) if 0 < spelled < size else None,
             unknown_bytes_share=spelled / size if 0 < spelled < size else None,
         )
+
+
+@contextmanager
+def copied_to(model: NewLLM, device: str) -> Iterator[NewLLM]:
+    """A copy of a model on another device, whose memory is free again afterwards; the model itself if it is there."""
+    if model.device == torch.device(device):
+        yield model
+        return
+    copied = copy.deepcopy(model).to(device)
+    try:
+        yield copied
+    finally:
+        del copied
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from newllm_lib import evaluation
 from newllm_lib.config import ModelConfig
 from newllm_lib.data.dataset import Split
-from newllm_lib.evaluation import MetricSums, evaluate_split
+from newllm_lib.evaluation import MetricSums, copied_to, evaluate_split
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.system.hardware import Precision
 
@@ -52,3 +52,12 @@ def test_the_training_mode_is_put_back_after_an_exception(training):
 def test_nothing_to_score_is_an_error():
     with pytest.raises(ValueError, match="no token to score"):
         MetricSums().result()
+
+
+def test_a_copy_is_scored_elsewhere_and_the_model_stays():
+    model = NewLLM(ModelConfig(vocab_size=10, hidden_dim=8))
+    with copied_to(model, "cpu") as there:
+        assert there is model
+    with copied_to(model, "meta") as there:
+        assert there.device.type == "meta" and there is not model
+        assert model.device.type == "cpu"

@@ -23,13 +23,14 @@ from newllm_lib.data.encodings import decoded
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     help="Number format of the products.",
 )
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, as_json: bool) -> None:
+def evaluate(run: str, data: tuple[str, ...], split: str, precision: str, device: str, as_json: bool) -> None:
     """Score RUN (a run's folder, its model/ folder, or a checkpoint) on a split, by the run's own data protocol."""
     from newllm_lib import runs
 
     source = data[0] if len(data) == 1 else data or None
-    metrics = runs.evaluate(run, source, split=split, precision=precision)
+    metrics = runs.evaluate(run, source, split=split, precision=precision, device=device)
     if as_json:
         echo_json(metrics.to_dict())
         return

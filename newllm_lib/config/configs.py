@@ -166,7 +166,7 @@ class TrainConfig(Checked):
     eval_batch_size: int | None = setting(None, 1, 1_000_000, identity=False)
     """Sequences, or lanes of a stream, in one forward pass of the evaluation; none = by the hardware."""
     seed: int = setting(42, 0, 2**63 - 1)
-    """Seed of the initial weights, the order of the batches and the dropout."""
+    """Seed of the initial weights, the order of the batches and the dropout (masks differ from device to device)."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
     """Number format of the matrix products; auto = by the hardware."""
     emulate_precision: bool = setting(False, identity=False)

@@ -128,6 +128,8 @@ class Decoding:
         lengths: Tensor | None = None,
     ):
         self._sampling, self._generator = sampling.check(), generator
+        if generator is not None and generator.device.type != tokens.device.type:
+            raise ValueError(f"generator is on {generator.device}: must be on {tokens.device}, where the tokens are")
         self._head = tuple(tensor.detach() for tensor in model.head)
         self._limits = torch.zeros(len(self._head[1]), device=tokens.device)  # added to the logits
         self._limits[[PAD, BOS] if sampling.allow_unknown else [PAD, UNK, BOS]] = -torch.inf
@@ -175,7 +177,7 @@ def read_prompts(
     if lengths.shape != (rows,) or int(lengths.min()) < 1 or int(lengths.max()) > total:
         raise ValueError(f"lengths = {lengths.tolist()!r}: must be {rows} whole numbers from 1 to {total}")
     context = model.check_context(context, rows)
-    engine = choose_engine("auto", Precision("fp32", "generation"), tokens.device.type).run
+    engine = choose_engine("auto", Precision("fp32", "generation"), str(tokens.device)).run
     last = context.new_zeros(rows, model.config.hidden_dim)
     for start in range(0, int(lengths.max()), _PROMPT_CHUNK):
         part = tokens[:, start : start + _PROMPT_CHUNK]

@@ -84,9 +84,10 @@ class _TokenLosses(torch.autograd.Function):
         hidden, weight, grad_logits = ctx.saved_tensors
         largest = grad_nll.abs().amax().clamp(min=torch.finfo(grad_nll.dtype).tiny)  # keeps FP16 in its range
         scaled_grad = (grad_nll / largest).to(hidden.dtype)[:, None]  # (N, 1), at most 1
-        grad_hidden = (grad_logits @ weight).mul_(scaled_grad).mul_(largest)
-        grad_weight = weight_gradient(grad_logits, hidden * scaled_grad).mul_(largest)
-        grad_bias = weight_gradient(scaled_grad, grad_logits).squeeze(0).mul_(largest)
+        with torch.autocast(hidden.device.type, enabled=False):  # the caller's, if `backward` is called under it
+            grad_hidden = (grad_logits @ weight).mul_(scaled_grad).mul_(largest)
+            grad_weight = weight_gradient(grad_logits, hidden * scaled_grad).mul_(largest)
+            grad_bias = weight_gradient(scaled_grad, grad_logits).squeeze(0).mul_(largest)
         weight_type, bias_type = ctx.types
         return grad_hidden, grad_weight.to(weight_type), grad_bias.to(bias_type), None
 

@@ -187,12 +187,14 @@ class NewLLM(nn.Module, PyTorchModelHubMixin, library_name="newllm_lib"):
         return context
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """ValueError unless tokens are int64, (rows, length), not empty, and in the vocabulary."""
+        """ValueError unless tokens are int64, (rows, length), not empty, beside the weights, and in the vocabulary."""
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(
                 f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}: must be int64 of shape (rows, length), "
                 "not empty"
             )
+        if tokens.device != self.device:
+            raise ValueError(f"tokens are on {tokens.device}: must be on {self.device}, where the model is")
         low, high = torch.stack(torch.aminmax(tokens)).tolist()
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(

@@ -12,7 +12,7 @@ from newllm_lib.data.dataset import prepare
 from newllm_lib.data.tokenizer import Tokenizer
 from newllm_lib.errors import ConfigError, DataError
 from newllm_lib.escaping import say, text_table
-from newllm_lib.evaluation import Metrics, evaluate_split
+from newllm_lib.evaluation import Metrics, copied_to, evaluate_split
 from newllm_lib.generation import generate_texts
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.self_check import choose_numerics
@@ -23,7 +23,7 @@ from newllm_lib.runs.run import Loaded, Run, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.console import warn_on_stderr
 from newllm_lib.system.files import file_errors
-from newllm_lib.system.hardware import default_eval_batch_size
+from newllm_lib.system.hardware import default_eval_batch_size, detect
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.trainer import Trainer
 from newllm_lib.tuning import estimate_speed
@@ -80,13 +80,15 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     config: RunConfig | None = None,
     precision: str = "fp32",
+    device: str = "auto",
 ) -> Metrics:
     """Scores on a split of some data (None = what the run was trained on), read by the run's own protocol.
 
     split: train, validation, test, or all, which is every split that is there, and a file as it is, not cut.
     what: a Run; the place of a run, a model folder or a checkpoint; or a model, then with its tokenizer. config: the
-    protocol, where `what` has none of its own. FP32 unless told otherwise. ConfigError when the tokenizer and the model
-    do not belong together, the run's text has changed, or the data has no such split.
+    protocol, where `what` has none of its own. FP32 unless told otherwise. device: as of a run, for a copy of the
+    weights that is freed afterwards; a model that is passed is scored where it lies. ConfigError when the tokenizer and
+    the model do not belong together, the run's text has changed, or the data has no such split.
     """
     if isinstance(what, NewLLM):
         if tokenizer is None:
@@ -112,13 +114,14 @@ def evaluate(
         )
     for note in prepared.notes if data else ():  # of the run's own text its plan has told
         warn_on_stderr(note)
-    model = loaded.model
-    chosen, engine = choose_numerics(model.device, precision)
+    place = str(loaded.model.device) if isinstance(what, NewLLM) else detect(device).device
+    chosen, engine = choose_numerics(place, precision)
     if chosen.substituted:
         warn_on_stderr(f"scored in {chosen.name}: {chosen.reason}")
-    batch = config.train.eval_batch_size or default_eval_batch_size(model.device.type)
-    with BUFFERS.kept():
-        return evaluate_split(model, prepared.split(split), precision=chosen, batch_size=batch, engine=engine.run)
+    scored = prepared.split(split)
+    with BUFFERS.kept(), copied_to(loaded.model, place) as model:
+        batch = config.train.eval_batch_size or default_eval_batch_size(model.device.type)
+        return evaluate_split(model, scored, precision=chosen, batch_size=batch, engine=engine.run)
 
 
 def _default_protocol(protocol: DataConfig | None) -> RunConfig:

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +27,13 @@ from newllm_lib.config import BOS, EOS, PAD, UNK, DataConfig
 from newllm_lib.data.corpus import load_corpus
 from newllm_lib.errors import ConfigError, DataError
 from newllm_lib.escaping import markdown_text
+from newllm_lib.evaluation import copied_to
 from newllm_lib.model.loss import token_losses
 from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.runs.run import Loaded, load_model
 from newllm_lib.system.buffer_pool import BUFFERS
 from newllm_lib.system.files import file_errors
+from newllm_lib.system.hardware import detect
 
 _SLOTS = 1 << 14
 """Tokens of one forward pass, padding included: their hidden layer is 32 MiB at 512 units, however long a text is."""
@@ -116,8 +119,9 @@ def compare_models(
     *,
     split: str = "validation",
     precision: str = "fp32",
+    device: str = "auto",
 ) -> SharedWords:
-    """`shared_word_bits` of two places (runs, model folders, checkpoints) on a split of some data.
+    """`shared_word_bits` of two places (runs, model folders, checkpoints) on a split of some data, on a device.
 
     data: None takes what both were trained on (of a bare model folder that is assumed); other data become texts as the
     first run's do. ConfigError when the two were trained on different texts, when the text is not known, and when there
@@ -138,7 +142,10 @@ def compare_models(
         )
     if split not in corpus.splits:
         raise ConfigError(f"split {split!r}: the data {corpus.name} has {', '.join(corpus.splits)}")
-    return shared_word_bits(*pair, corpus.splits[split], precision=precision)
+    place = detect(device).device
+    with ExitStack() as copies:
+        there = [loaded._replace(model=copies.enter_context(copied_to(loaded.model, place))) for loaded in pair]
+        return shared_word_bits(*there, corpus.splits[split], precision=precision)
 
 
 def shared_word_bits(first: Loaded, second: Loaded, texts: list[str], *, precision: str = "fp32") -> SharedWords:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16"})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d{2,3})")
+"""As `torch.cuda.get_arch_list` names what it was built for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Facts about the device a run uses; nothing here is timed."""
@@ -38,6 +43,8 @@ class Machine:
     """Memory that a process can use: of the GPU where there is one, else of the machine."""
     cpu_flags: frozenset[str] = field(default=frozenset())
     threads: int = 1
+    passed_over: str = ""
+    """Why a GPU that is there is not used; "" where none is."""
 
     @property
     def kind(self) -> str:
@@ -72,13 +79,19 @@ class Precision:
 
 
 def detect(device: str = "auto", threads: int | None = None) -> Machine:
-    """The machine as torch sees it; ConfigError for a device that is not there."""
+    """The machine as torch sees it; ConfigError for a device that is not there, or that torch has no kernels for.
+
+    auto: the first GPU, or the CPU where there is none or torch has no kernels for it.
+    """
+    passed_over = ""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        passed_over = missing_kernels(0) if device == "cuda" else ""
+        device = "cpu" if passed_over else device
     threads = threads or torch.get_num_threads()
     if device == "cpu":
-        flags = cpu_flags()
-        return Machine(device="cpu", name=cpu_name(), memory_bytes=_ram_bytes(), cpu_flags=flags, threads=threads)
+        facts = {"memory_bytes": _ram_bytes(), "cpu_flags": cpu_flags(), "passed_over": passed_over}
+        return Machine(device="cpu", name=cpu_name(), threads=threads, **facts)
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
@@ -86,6 +99,8 @@ def detect(device: str = "auto", threads: int | None = None) -> Machine:
     if kind != "cuda" or index >= torch.cuda.device_count():
         there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise ConfigError(f"device = {device!r}: must be auto, {', '.join(there)} on this machine")
+    if why := missing_kernels(index):
+        raise ConfigError(f"device = {device!r}: {why}; use device=cpu (in the shell --device cpu)")
     properties = torch.cuda.get_device_properties(index)
     return Machine(
         device=f"cuda:{index}",
@@ -94,6 +109,26 @@ def detect(device: str = "auto", threads: int | None = None) -> Machine:
         memory_bytes=properties.total_memory,
         cpu_flags=cpu_flags(),
         threads=threads,
+    )
+
+
+def missing_kernels(index: int) -> str:
+    """Why this build of torch cannot compute on a GPU, naming both; "" where it can.
+
+    A kernel for capability X.Y (sm_XY) runs on X.Z with Z at least Y; one that the driver still compiles (compute_XY)
+    runs on everything from X.Y on.
+    """
+    properties, built = torch.cuda.get_device_properties(index), torch.cuda.get_arch_list()
+    there = (properties.major, properties.minor)
+    for kind, number in (found.groups() for found in map(_ARCHITECTURE.fullmatch, built) if found):
+        made_for = (int(number[:-1]), int(number[-1]))
+        if made_for <= there and (kind == "compute" or made_for[0] == there[0]):
+            return ""
+    if not built:  # a build that does not say
+        return ""
+    return (
+        f"{properties.name} has compute capability {there[0]}.{there[1]}, for which this torch ({torch.__version__}) "
+        f"was not built: it has {', '.join(built)}"
     )
 
 
@@ -137,6 +172,18 @@ def _cpu_formats(machine: Machine) -> tuple[list[str], str]:
     if flags:
         return ["bf16", "fp32", *fp16], f"{machine.name} has {' and '.join(flags)}"
     return ["fp32", *fp16], f"{machine.name} has neither avx512_bf16 nor amx_bf16"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Let FP32 products of a GPU keep all of FP32 inside, whatever the process allows it: TF32 keeps 10 bits."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextmanager
@@ -201,7 +248,26 @@ def environment(machine: Machine | None) -> dict[str, Any]:
         "capability": machine and machine.capability,
         "threads": machine and machine.threads,
         "usable_memory_bytes": machine and machine.memory_bytes,
+        **(_cuda_facts() if machine and machine.kind == "cuda" else {}),
     }
+
+
+def _cuda_facts() -> dict[str, Any]:
+    """What else decides the figures of a GPU."""
+    return {
+        "cuda": torch.version.cuda,
+        "driver": _driver_version(),
+        "fp32_products": torch.backends.cuda.matmul.fp32_precision,  # tf32, where the process allows it
+    }
+
+
+def _driver_version(path: str = "/proc/driver/nvidia/version") -> str | None:
+    """NVIDIA's driver, as Linux tells it; None elsewhere."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", Path(path).read_text())
+    except OSError:
+        return None
+    return found and found[1]
 
 
 def _git_commit() -> str | None:

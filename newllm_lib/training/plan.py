@@ -96,6 +96,8 @@ _COLAB_GPUS = {"G4": "RTX PRO 6000"}
 def _device_line(machine: Machine, began_on: str) -> str:
     """The device, and whether it is another than the notebook asks for, or than the run began on."""
     text = f"{machine.name} ({machine.device}, {counted(machine.threads, 'thread')})"
+    if machine.passed_over:
+        text += f"; the GPU is not used: {machine.passed_over}"
     asked = notebook_gpu()
     if asked and not re.search(rf"\b{re.escape(_COLAB_GPUS.get(asked, asked))}\b", machine.name):
         text += f"; this notebook asks for a GPU of type {asked} (Runtime > Change runtime type)"

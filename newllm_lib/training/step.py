@@ -12,7 +12,7 @@ from torch import Tensor
 
 from newllm_lib.config import PAD
 from newllm_lib.errors import PartialUpdateError, TrainingError
-from newllm_lib.model.loss import token_losses
+from newllm_lib.model.loss import softmax_less_target, summed_loss, token_losses
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import Dropout
 from newllm_lib.system.hardware import Precision
@@ -199,12 +199,25 @@ def eager_gradients(
         before = None if context is None else context[part]
         with precision.autocast(device.type):
             hidden, after = model.hidden(tokens[part], before, lengths[part], dropout, engine, checked=ids_checked)
-            nll, _ = token_losses(hidden, model.head, targets[part])
-        scale(nll.sum() / num_targets).backward()
-        nll_sum += nll.detach().sum()
+            nll = _summed_nll(model, hidden, targets[part], precision)
+        scale(nll / num_targets).backward()
+        nll_sum += nll.detach()
         contexts.append(after.detach())
         del hidden, after, nll  # or this part's activations would stay while the next part makes its own
     return torch.stack([nll_sum, num_targets.double()]), torch.cat(contexts)
+
+
+def _summed_nll(model: NewLLM, hidden: Tensor, targets: Tensor, precision: Precision) -> Tensor:
+    """The losses of hidden (B, T, H) for targets (B, T), added up (nats).
+
+    On a GPU without asking it where the padding is, and without keeping anything of (tokens x V), which for a large
+    vocabulary is more than all the rest.
+    """
+    if hidden.device.type != "cuda":
+        return token_losses(hidden, model.head, targets)[0].sum()
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(precision.dtype)
+        return summed_loss(rows, model.head, targets.reshape(-1), softmax_less_target)
 
 
 class _Update(NamedTuple):

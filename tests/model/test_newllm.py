@@ -1,6 +1,7 @@
 """The model against the published formulas, and the properties that make it what it is."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,3 +243,28 @@ def test_save_and_from_pretrained_give_the_same_logits(tmp_path):
     again = NewLLM.from_pretrained(tmp_path)
     assert again.config == model.config
     assert torch.equal(again(some_tokens(2, 6))[0], model(some_tokens(2, 6))[0])
+
+
+def test_tokens_and_generators_of_another_device_are_named():
+    model = NewLLM(ModelConfig(vocab_size=10, hidden_dim=8))
+    with pytest.raises(ValueError, match="tokens are on meta: must be on cpu, where the model is"):
+        model(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+    generator = SimpleNamespace(device=torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="generator is on cuda:0: must be on cpu, where the tokens are"):
+        model.generate(torch.ones(1, 2, dtype=torch.int64), 1, generator=generator)
+
+
+def test_a_backward_pass_under_the_callers_autocast_is_that_of_the_forward_pass():
+    """A loop of a user's own may call `backward` inside `with torch.autocast`."""
+    torch.manual_seed(0)
+    model = NewLLM(ModelConfig(vocab_size=30, hidden_dim=16, dropout=0.0, init_std=None, embedding_std=1.0))
+    tokens = torch.randint(4, 30, (3, 6))
+    found = []
+    for inside in (False, True):
+        model.zero_grad()
+        hidden, _ = model.hidden(tokens, engine=ENGINES["fused"])
+        nll, _ = token_losses(hidden, model.head, tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            nll.sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(outside, within) for outside, within in zip(*found, strict=True))

@@ -14,7 +14,10 @@ from newllm_lib.cli import main
 from newllm_lib.config import DataConfig
 from newllm_lib.data import corpus
 from newllm_lib.errors import CheckpointError, ConfigError, DataError
+from newllm_lib.model.recurrence.self_check import choose_numerics
 from newllm_lib.reporting.record import PROTOCOL
+from newllm_lib.runs import api
+from newllm_lib.system.hardware import Machine
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +131,30 @@ def test_a_run_that_read_files_twice_is_told_why_its_text_is_another(tmp_path, m
         nl.train(config.replace(max_steps=3), progress=Quiet())
     with pytest.raises(DataError, match=f"the text has changed since the run was trained. {cause}"):
         nl.evaluate(tmp_path / "results" / "old")
+
+
+# --- the device ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_scored_on_the_device_and_a_passed_model_where_it_lies(streamed, monkeypatch):
+    places = []
+    copied_to = api.copied_to
+
+    def recorded(model, place):
+        places.append(place)
+        return copied_to(model, "cpu")
+
+    monkeypatch.setattr(api, "copied_to", recorded)
+    monkeypatch.setattr(api, "choose_numerics", lambda place, precision: choose_numerics("cpu", precision))
+    monkeypatch.setattr(api, "detect", lambda device: Machine(device={"auto": "cuda:1"}.get(device, device), name="x"))
+    run = nl.load("results/run")
+    on_gpu, on_cpu = nl.evaluate(run), nl.evaluate(run, device="cpu")
+    passed = nl.evaluate(run.model, tokenizer=run.tokenizer, config=run.config)
+    assert places == ["cuda:1", "cpu", "cpu"]
+    assert on_gpu == on_cpu == passed
+    assert run.model.device.type == "cpu"
+
+
+def test_the_command_takes_a_device(streamed):
+    refused = CliRunner().invoke(main, ["evaluate", "results/run", "--device", "cuda:9"])
+    assert refused.exit_code != 0 and "device = 'cuda:9': must be auto, cpu" in refused.stderr

@@ -1,10 +1,20 @@
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from newllm_lib.errors import ConfigError
 from newllm_lib.system import hardware
-from newllm_lib.system.hardware import Machine, choose_precision, default_batch_size, detect, environment
+from newllm_lib.system.hardware import (
+    Machine,
+    choose_precision,
+    default_batch_size,
+    default_eval_batch_size,
+    detect,
+    environment,
+    exact_products,
+)
 from newllm_lib.system.memory import is_out_of_memory, peak_memory_bytes
 
 
@@ -105,8 +115,88 @@ def test_a_gpu_where_there_is_none_is_refused(monkeypatch):
         detect("cuda")
 
 
+PASCAL_OUT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+"""What torch 2.11 for CUDA 12.8 and later is built for."""
+
+
+def stand_in_gpu(monkeypatch, name, capability, built):
+    major, minor = capability
+    facts = SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((6, 0), PASCAL_OUT, False),  # P100
+        ((7, 0), PASCAL_OUT, False),  # V100: sm_75 is newer than it
+        ((7, 5), PASCAL_OUT, True),  # T4
+        ((8, 9), PASCAL_OUT, True),  # L4, by sm_86
+        ((12, 1), PASCAL_OUT, True),
+        ((11, 0), PASCAL_OUT, False),  # no kernel of its generation
+        ((11, 0), [*PASCAL_OUT, "compute_100"], True),  # compiled by the driver
+        ((9, 0), ["sm_90a"], False),  # H100 alone runs those, and a build has others too
+        ((9, 0), ["sm_75", "sm_90a", "sm_90"], True),
+        ((6, 0), [], True),  # a build that does not say
+    ],
+)
+def test_a_gpu_runs_where_torch_was_built_for_it(monkeypatch, capability, built, runs):
+    stand_in_gpu(monkeypatch, "Some GPU", capability, built)
+    machine = detect("auto")
+    assert machine.kind == ("cuda" if runs else "cpu")
+    assert bool(machine.passed_over) == (not runs)
+    if not runs:
+        with pytest.raises(ConfigError, match="device = 'cuda'"):
+            detect("cuda")
+
+
+def test_the_refusal_names_gpu_build_and_way_out(monkeypatch):
+    stand_in_gpu(monkeypatch, "Tesla P100-PCIE-16GB", (6, 0), ["sm_75", "sm_80"])
+    with pytest.raises(ConfigError) as refused:
+        detect("cuda:0")
+    why = (
+        "Tesla P100-PCIE-16GB has compute capability 6.0, for which this torch "
+        f"({torch.__version__}) was not built: it has sm_75, sm_80"
+    )
+    assert str(refused.value) == f"device = 'cuda:0': {why}; use device=cpu (in the shell --device cpu)"
+    assert detect("auto").passed_over == why
+
+
+@pytest.mark.parametrize("before", ["none", "tf32"])
+def test_exact_products_are_ieee_and_the_setting_comes_back(before):
+    matmul = torch.backends.cuda.matmul
+    usual = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = before
+        with pytest.raises(KeyError), exact_products():
+            assert matmul.fp32_precision == "ieee"
+            raise KeyError
+        assert matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = usual
+
+
+def test_the_environment_of_a_gpu_tells_what_decides_its_figures(monkeypatch):
+    monkeypatch.setattr(hardware, "_driver_version", lambda: "580.159.04")
+    facts = environment(L4)
+    assert facts["driver"] == "580.159.04" and "cuda" in facts
+    assert facts["fp32_products"] == torch.backends.cuda.matmul.fp32_precision
+    assert "driver" not in environment(OLD_CPU)
+
+
+def test_the_driver_is_read_where_linux_tells_it(tmp_path):
+    line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root@x)\nGCC 13.3.0\n"
+    (tmp_path / "version").write_text(line)
+    assert hardware._driver_version(str(tmp_path / "version")) == "580.159.04"
+    assert hardware._driver_version(str(tmp_path / "missing")) is None
+
+
 def test_batch_size_by_the_hardware():
     assert (default_batch_size(NEW_CPU), default_batch_size(L4)) == (128, 256)
+    assert (default_eval_batch_size("cpu"), default_eval_batch_size("cuda")) == (256, 2048)
 
 
 def test_environment_has_what_a_reader_needs():

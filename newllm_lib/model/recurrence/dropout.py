@@ -18,7 +18,8 @@ class Dropout:
     Drawing 16 fresh bits for each unit and step costs a CPU as much as a tenth of the matrix products. Instead each
     unit of a row gets 16 random bits x once, and step t compares (a_t x + b_t) mod 2^16 with the threshold, with fresh
     random a_t (odd) and b_t. For one unit the steps are independent, and so are two units unless their bits are equal
-    (chance 2^-16). The same seed, device and shapes give the same masks; global generators are not touched.
+    (chance 2^-16). The same seed, device and shapes give the same masks; a CPU and a GPU, or two
+    models of GPU, draw others from one seed. Global generators are not touched.
 
     A batch of `batch_rows` rows may come in parts, each a pass from `first_row` on: a row's masks do not depend on how
     the batch is cut. Without `batch_rows` a pass is a batch.

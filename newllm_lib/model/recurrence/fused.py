@@ -103,21 +103,27 @@ class _Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_hidden, grad_after):
         """Gradients of the context and of every weight."""
-        context, *tensors = ctx.saved_tensors
-        packing, cell = ctx.packing, ctx.cell
-        grad_top = packing.gathered(grad_hidden)
-        if cell.scale != 1:
-            grad_top.mul_(cell.scale)
-        first = context[packing.order]
-        loop = ctx.loop.Backward(cell, packing, ctx.trace, first, grad_top, grad_after[packing.order])
-        gradients = [torch.zeros_like(tensor) for tensor in tensors]
-        for steps in packing.blocks(_BLOCK.get(context.device.type, _BLOCK["cuda"])):
-            parts = _weight_gradients(cell, packing, ctx.trace, loop.run(steps), tensors, steps)
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.add_(part)
-        grad_context = torch.empty_like(context)
-        grad_context[packing.order] = loop.grad_state
-        return None, None, None, None, None, None, grad_context, *gradients
+        with torch.autocast(grad_hidden.device.type, enabled=False):  # the caller's, if `backward` is called under it
+            return _backward(ctx, grad_hidden, grad_after)
+
+
+def _backward(ctx, grad_hidden: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
+    """What `_Recurrence.backward` returns."""
+    context, *tensors = ctx.saved_tensors
+    packing, cell = ctx.packing, ctx.cell
+    grad_top = packing.gathered(grad_hidden)
+    if cell.scale != 1:
+        grad_top.mul_(cell.scale)
+    first = context[packing.order]
+    loop = ctx.loop.Backward(cell, packing, ctx.trace, first, grad_top, grad_after[packing.order])
+    gradients = [torch.zeros_like(tensor) for tensor in tensors]
+    for steps in packing.blocks(_BLOCK.get(context.device.type, _BLOCK["cuda"])):
+        parts = _weight_gradients(cell, packing, ctx.trace, loop.run(steps), tensors, steps)
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.add_(part)
+    grad_context = torch.empty_like(context)
+    grad_context[packing.order] = loop.grad_state
+    return None, None, None, None, None, None, grad_context, *gradients
 
 
 def _read(prepared: LoopWeights, packing: Packing, context: Tensor) -> tuple[Tensor, Tensor]:

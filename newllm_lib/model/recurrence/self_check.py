@@ -12,7 +12,7 @@ from torch import Tensor
 from newllm_lib.model.recurrence import ENGINES, get_engine, reference
 from newllm_lib.model.recurrence.dropout import Dropout
 from newllm_lib.model.recurrence.weights import Weights
-from newllm_lib.system.hardware import Precision, choose_precision, detect
+from newllm_lib.system.hardware import Precision, choose_precision, detect, exact_products
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 """Largest relative distance, in norm, of a value or gradient from the reference's in FP32."""
@@ -60,6 +60,7 @@ def choose_numerics(
 
 
 @lru_cache(maxsize=64)  # once a process for each engine, format and device
+@exact_products()
 def _fault(run: Callable, precision: Precision, device: str) -> str | None:
     """What is wrong with an engine, or None."""
     expected = _results(reference.recurrence, Precision("fp32", "as the measure"), device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from newllm_lib.errors import RunError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence.self_check import choose_engine
-from newllm_lib.system.hardware import Precision
+from newllm_lib.system.hardware import Precision, exact_products
 from newllm_lib.training.batches import Batches, mix_seed
 from newllm_lib.training.setup import Setup
 from newllm_lib.training.step import TrainingStep
@@ -58,6 +58,7 @@ def rounding_errors(setup: Setup, model: NewLLM, format: Precision) -> list[dict
     ]
 
 
+@exact_products()
 def gradients(setup: Setup, model: NewLLM, ids: Tensor, format: Precision) -> Gradients:
     """Loss and gradients of a batch of ids (B, S) in a format; the model stays as it is.
 
