@@ -72,6 +72,7 @@ def test_a_second_call_says_that_the_run_is_finished(newllm, text, trained):
     assert again.stdout == trained.stdout
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_a_new_total_from_its_folder_its_name_or_as_the_newest(newllm, trained):
     for place, steps in ((["results/small"], 7), (["small"], 8), ([], 9)):
         more = newllm("continue", *place, "--max-steps", steps, "--json")

@@ -415,6 +415,7 @@ def test_elsewhere_no_notebook_asks_for_a_gpu(monkeypatch, tmp_path):
     assert dict(lines)["device"] == "Some CPU (cpu, 1 thread)"
 
 
+@pytest.mark.slow
 def test_plan_and_report_tell_on_what_a_run_began(monkeypatch, tmp_path):
     config = tiny_config(write_text(tmp_path / "text"), name="r", threads=1)
     for steps, came, told in ((3, "First", ""), (6, "Second", "; the run began on First"), (9, "First", "")):

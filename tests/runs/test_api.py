@@ -123,6 +123,7 @@ def test_the_same_settings_continue_and_a_finished_run_says_so(config):
     assert (run.folder / "report.md").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_moved_slider_makes_a_new_folder_and_more_epochs_do_not(config):
     first = nl.train(config, progress=Quiet())
     other = nl.train(config, lr=1e-3, progress=Quiet())
@@ -132,6 +133,7 @@ def test_a_moved_slider_makes_a_new_folder_and_more_epochs_do_not(config):
     assert longer.record["step"] == 24
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_and_keeps_the_old_folder(config):
     first = nl.train(config, progress=Quiet())
     again = nl.train(config, fresh=True, progress=Quiet())
@@ -475,6 +477,7 @@ def test_milestones_are_the_first_rows_at_or_below():
     assert reached == [(30.78, 2), (26.03, 3), (23.34, None), (20.60, None)]
 
 
+@pytest.mark.slow
 def test_the_published_protocol_is_recognised_on_wikitext(wikitext):
     setup, _ = nl.plan("quickstart", data=str(wikitext))
     assert setup.validation_split.digest == published.VALIDATION_DIGEST

@@ -132,6 +132,7 @@ def test_while_nothing_better_comes_the_weights_of_the_file_stay(place, tmp_path
     assert adopt(path, tmp_path / "there").record["model_step"] == 11  # the bundle's model is no better
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bundle", "final"])
 def test_a_newer_state_brings_the_whole_run_up_to_it(place, tmp_path, kind):
     """Its history, its record and its best weights, so that a run that has ended there has ended here."""

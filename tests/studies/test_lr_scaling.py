@@ -322,6 +322,7 @@ def crash():
     raise RuntimeError("the machine is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error"),
     [(lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt), (crash, RuntimeError)],
@@ -379,6 +380,7 @@ def test_a_notebook_shows_an_interrupted_grid_and_a_run_without_a_model_in_one_l
     assert len("\n".join(book.cells[4].outputs[0].traceback).splitlines()) > 3  # others are shown as ever
 
 
+@pytest.mark.slow
 def test_another_batch_only_adds_runs(text, tmp_path):
     first = lr_scaling(config_of(text, tmp_path), "8", "none", "fan-in", progress=Counts())
     counter = Counts()

@@ -515,6 +515,7 @@ def test_a_run_that_was_trained_for_longer_is_refused(text, tmp_path):
     assert counter.steps == 0
 
 
+@pytest.mark.slow
 def test_fp16_records_its_loss_scale(text, tmp_path):
     config = tiny_config(text, max_steps=4, epochs=None, results_dir=str(tmp_path), emulate_precision=True)
     study = compare_precisions(

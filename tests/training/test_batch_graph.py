@@ -88,7 +88,7 @@ def test_a_batch_with_more_rows_than_the_envelope_says_so(float64):
 
 
 @pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++ to compile the kernels with")
-@pytest.mark.parametrize(("format", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
+@pytest.mark.parametrize(("format", "tolerance"), [("fp32", 1e-5), pytest.param("bf16", 0.05, marks=pytest.mark.slow)])
 def test_with_the_kernels_too(format, tolerance, monkeypatch, tmp_path):
     """In BF16 as near to FP32 as the ordinary step in BF16, or half as far again: this small case is a coarse one."""
     compiled = lambda source, name: cuda_on_cpu.compiled(source, name, tmp_path)  # noqa: E731

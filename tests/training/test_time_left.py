@@ -61,6 +61,7 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(every=st.one_of(st.none(), st.integers(1, 30)), steps=st.integers(1, 30))
 def test_as_many_validations_are_left_as_the_trainer_makes(text, tmp_path_factory, every, steps):

@@ -41,6 +41,14 @@ VARIANTS = {
     **{f"engine_{name}": {"engine": name} for name in ENGINES},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+long_variants = pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=() if name in ("adam", "stream") else pytest.mark.slow)
+        for name, changes in VARIANTS.items()
+    ],
+)
+"""For a test that takes seconds a variant."""
 
 
 @variants
@@ -57,7 +65,7 @@ def test_the_same_seed_gives_the_same_bits(text, tmp_path, changes):
     assert not same(runs[0], result_of(other))
 
 
-@variants
+@long_variants
 def test_stopped_after_any_step_and_continued_equals_uninterrupted(text, tmp_path, changes):
     setup = tiny_setup(text, **changes)
     whole = tiny_trainer(setup, tmp_path / "whole")

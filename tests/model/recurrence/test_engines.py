@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from pretend_cuda import pretend_cuda
 
 from newllm_lib.config import ModelConfig
 from newllm_lib.model.loss import token_losses
 from newllm_lib.model.newllm import NewLLM
-from newllm_lib.model.recurrence import ENGINES, Dropout, reference
+from newllm_lib.model.recurrence import ENGINES, Dropout, fused, reference
 from newllm_lib.model.recurrence import packed_linear as products_module
 
 fast = pytest.mark.parametrize("engine", [e for n, e in ENGINES.items() if n != "reference"], ids=list(ENGINES)[1:])
@@ -183,3 +184,18 @@ def test_products_equal_linear_with_and_without_the_packed_layout(monkeypatch):
     for found in (packed, plain):
         torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(found[1], x @ weight.T + other, rtol=0, atol=1e-4)
+
+
+def test_few_embedding_gradients_on_a_gpu_avoid_the_path_in_which_threads_race():
+    """Up to 3,072 rows CUDA's gradient of an embedding takes one (pytorch #187687): zeros make them more."""
+    values, words = torch.arange(10.0).view(5, 2), torch.tensor([1, 0, 1, 3, 1])
+    expected = torch.tensor([[2.0, 3.0], [0 + 4 + 8.0, 1 + 5 + 9.0], [0.0, 0.0], [6.0, 7.0]])
+    assert torch.equal(fused._sums_by_word(values, words, 4), expected)
+    with pretend_cuda() as gpu:
+        found = fused._sums_by_word(values.to("cuda"), words.to("cuda"), 4)
+        assert gpu.kernels["constant_pad_nd"] == 2
+        assert torch.equal(found.cpu(), expected)
+        gpu.reset()
+        many = torch.ones(fused._SAFE_LOOKUPS, 2, device="cuda"), torch.zeros(fused._SAFE_LOOKUPS, device="cuda").long()
+        assert fused._sums_by_word(*many, 4)[0].tolist() == [3073.0, 3073.0]
+        assert not gpu.kernels["constant_pad_nd"]

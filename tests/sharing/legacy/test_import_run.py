@@ -496,6 +496,7 @@ def test_the_report_says_what_is_known_and_what_is_not(tmp_path, text, old):
     assert "None" not in written
 
 
+@pytest.mark.slow
 def test_the_weights_are_scored_when_asked(tmp_path, text, old, monkeypatch):
     doubtful = import_run(old, data=str(text), results_dir=tmp_path, name="doubtful", evaluate=True)
     scores = read_record(doubtful)["imported"]["scores"]
