@@ -71,6 +71,7 @@ for _command in (
     training.train,
     training.continue_,
     training.list_presets,
+    training.write_config,
     inference.evaluate,
     inference.generate,
     compare.compare,

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from newllm_lib.cli.options import Sectioned, field_options, options_of, overrides_of
-from newllm_lib.cli.output import echo, echo_json
+from newllm_lib.cli.output import echo, echo_exact, echo_json
 from newllm_lib.config import RunConfig, flat_fields, presets
 from newllm_lib.errors import ConfigError
 from newllm_lib.reporting.formatting import counted, named_lines, ppl_text
 
 
 @click.command(cls=Sectioned)
-@click.argument("preset", default="auto")
+@click.argument("preset", default="")
+@click.option(
+    "--config", "file", type=click.File(encoding="utf-8"), help="TOML (`newllm config`) or a run.json; - = input."
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Show every decision and the cost, and train nothing.")
 @click.option("--fresh", is_flag=True, help="Start over; the old folder is kept under another name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON.")
 @field_options
-def train(preset: str, plan_only: bool, fresh: bool, as_json: bool, **options: Any) -> None:
+def train(preset: str, file: TextIO | None, plan_only: bool, fresh: bool, as_json: bool, **options: Any) -> None:
     """Train PRESET (see `newllm presets`; auto when left out), or continue it where it stopped.
 
-    Every option changes one field of the preset. The same settings and data continue the same run.
+    Every option changes one field of the preset, or of the file. The same settings and data continue the same run.
     """
-    _train_or_plan(config_of(preset, overrides_of(options)), fresh, plan_only, as_json)
+    _train_or_plan(config_of(preset, overrides_of(options), file), fresh, plan_only, as_json)
+
+
+@click.command("config", cls=Sectioned)
+@click.argument("preset", default="auto")
+@field_options
+def write_config(preset: str, **options: Any) -> None:
+    """Print the settings of PRESET as a file for `newllm train --config`, each with what it means.
+
+    Every option changes one of them.
+    """
+    from newllm_lib.config.config_file import config_text
+
+    echo_exact(config_text(config_of(preset, overrides_of(options))), nl=False)
 
 
 def _train_or_plan(config: RunConfig, fresh: bool, plan_only: bool, as_json: bool) -> None:
@@ -82,12 +98,25 @@ def continue_(place: str, sha256: str | None, plan_only: bool, as_json: bool, **
     _train_or_plan(extended(found, **given), False, plan_only, as_json)
 
 
-def config_of(preset: str, overrides: dict[str, Any]) -> RunConfig:
-    """The configuration of a preset with overrides; a mistake in either is wrong usage (exit status 2)."""
+def config_of(preset: str, overrides: dict[str, Any], file: TextIO | None = None) -> RunConfig:
+    """The configuration of a preset or a file with overrides; a mistake in any is wrong usage (exit status 2)."""
+    from newllm_lib.config.config_file import read_config
+
+    if preset and file:
+        raise click.UsageError(f"PRESET is {preset!r} and --config {file.name!r}: must be one of the two")
     try:
-        return presets.get(preset).replace(**overrides)
+        config = read_config(_content(file), file.name) if file else presets.get(preset or "auto")
+        return config.replace(**overrides)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
+
+
+def _content(file: TextIO) -> str:
+    """The text of a file of settings; ConfigError where it is no text."""
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file.name}: is no text in UTF-8") from error
 
 
 def _print_run(run, as_json: bool) -> None:
