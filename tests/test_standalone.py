@@ -142,6 +142,21 @@ def test_a_character_that_is_none_of_base85_is_damage_too(built, tmp_path):
     assert "The library in this notebook is damaged: its sha256 is wrong. Download the notebook again." in said
 
 
+def test_a_full_disk_is_named_with_the_remedy(built, tmp_path):
+    before = (
+        "import tarfile\n"
+        "def full(self, *arguments, **more): raise OSError(28, 'No space left on device')\n"
+        "tarfile.TarFile.extractall = full\n"
+    )
+    said = outcome(setup_of(built / "00_quickstart.ipynb").source, tmp_path, before)
+    assert re.search(
+        r"The library cannot be unpacked into /\S+: \[Errno 28\] No space left on device. Free some space",
+        said,
+    )
+    assert "succeeded: False" in said
+    assert "Traceback" not in said.partition("succeeded: False")[0]
+
+
 def test_a_forked_process_that_ends_leaves_the_library_to_the_others(built, tmp_path):
     (tmp_path / "cell.py").write_text(setup_of(built / "00_quickstart.ipynb").source)
     script = (

@@ -172,13 +172,15 @@ class Recorder(Observer):
 def parts_before(earlier: RunRecord, here: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of a run before the one that begins now: without it where nothing but the step has changed.
 
-    Of a run that an earlier version trained the last environment is known, and taken for that of all.
+    Of a run that an earlier version trained the last environment is known, and taken for that of all. So it is where
+    the record's parts are damaged; a part that does not say at which step it began is left out.
     """
-    parts = list(earlier.parts or [])
+    recorded = earlier.parts if isinstance(earlier.parts, list) else []
+    parts = [part for part in recorded if isinstance(part, dict) and type(part.get("from_step")) is int]
     if not parts and earlier.step and earlier.environment:
         known = {"precision": earlier.decided.get("precision"), "environment": earlier.environment}
         parts = [{"from_step": 0, **known}]
-    parts = [part for part in parts if isinstance(part, dict) and part.get("from_step", 0) < here["from_step"]]
+    parts = [part for part in parts if part["from_step"] < here["from_step"]]
     if parts and {**parts[-1], "from_step": 0} == {**json.loads(json.dumps(here)), "from_step": 0}:
         here["from_step"] = parts.pop()["from_step"]
     return parts
