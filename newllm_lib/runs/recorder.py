@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from newllm_lib.config import BOS, presets
+from newllm_lib.config.portable import FROM_PYTHON
 from newllm_lib.data.dataset import Prepared, Split
 from newllm_lib.errors import CheckpointError
 from newllm_lib.escaping import impersonal, shell_command
@@ -219,4 +220,4 @@ def command(without: tuple[str, ...] = ()) -> str:
     program = Path(sys.argv[0]).name
     if program in ("newllm", "__main__.py"):
         return impersonal(shell_command(["newllm", *(word for word in sys.argv[1:] if word not in without)]))
-    return "newllm_lib.train(...) from Python"
+    return FROM_PYTHON
