@@ -33,3 +33,8 @@ if imported is None or not Path(imported.__file__).is_file():  # or its folder w
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [carried, os.environ.get("PYTHONPATH", "")])
     )  # subprocesses
+elif Path(imported.__file__).parent.parent != Path(globals().get("carried", "")):
+    print(
+        f"The library in this notebook is not used, because newllm_lib was imported already, from "
+        f"{Path(imported.__file__).parent}: restart the kernel to use the one in the notebook."
+    )

@@ -31,7 +31,13 @@ def stop(message):  # the message alone, in red; the cells below, which miss a n
 
 
 def unfit(needs, absent_too):  # what is too old here, or absent, in words
-    from packaging.requirements import Requirement
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        try:
+            from pip._vendor.packaging.requirements import Requirement
+        except ImportError:
+            stop("The package 'packaging' is not here: run %pip install packaging, then run all cells again.")
 
     found = []
     for need in map(Requirement, needs):
@@ -61,7 +67,7 @@ def check(absent_too=False):
 # <- where the library comes from
 STAMP = ""
 PROJECT = (
-    r"https://github\.com/(?P<owner>\w[\w-]*)/(?P<repository>\w[\w.-]*)/blob/(?!\S*\.\.)(?P<reference>\w[\w./-]*)/notebooks/"
+    r"https://github\.com/(?P<owner>\w[\w-]*)/(?P<repository>\w[\w.-]*)/blob/(?!\S*(\.\.|//|/\.))(?P<reference>\w[\w./-]*)/notebooks/"
     r"(00_quickstart|01_train_wikitext2|02_continue_training|03_larger_model|04_fp16_vs_fp32|05_learning_rate_scaling"
     r"|06_compare_runs)\.ipynb"
 )
@@ -71,9 +77,13 @@ def opened_from(seconds=5):  # the project on GitHub from which Colab opened thi
     import json
     import threading
     from urllib.parse import unquote
-    from urllib.request import ProxyHandler, build_opener
+    from urllib.request import HTTPRedirectHandler, ProxyHandler, build_opener
 
     paths = []
+
+    class Stay(HTTPRedirectHandler):  # the kernel's own server answers itself, or not at all
+        def redirect_request(self, *request):
+            return None
 
     def ask():
         with contextlib.suppress(Exception):  # there are other ways to get the library
@@ -81,14 +91,17 @@ def opened_from(seconds=5):  # the project on GitHub from which Colab opened thi
 
             kernel = Path(get_connection_file()).stem.removeprefix("kernel-")
             sessions = "http://{COLAB_JUPYTER_IP}:{KMP_TARGET_PORT}/api/sessions".format_map(os.environ)
-            with build_opener(ProxyHandler({})).open(sessions, timeout=seconds) as answer:
+            with build_opener(ProxyHandler({}), Stay).open(sessions, timeout=seconds) as answer:
                 entries = json.loads(answer.read(1 << 20))
             paths.extend(unquote(at["path"]).removeprefix("fileId=") for at in entries if at["kernel"]["id"] == kernel)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds)
-    found = re.fullmatch(PROJECT, paths[0], re.ASCII) if paths else None
+    place = paths[0] if paths else ""
+    found = re.fullmatch(PROJECT, place, re.ASCII) if len(place) <= 500 else None
+    if place.startswith("https://github.com/") and not found:
+        print(f"The library is not installed from {place[:100]!r}, because that is no usable address of the project.")
     return "git+https://github.com/{owner}/{repository}@{reference}".format_map(found.groupdict()) if found else ""
 
 
@@ -139,7 +152,8 @@ if not importlib.util.find_spec("newllm_lib"):
     stop(
         f"{failure}newllm_lib is not here. Do one of these, then run all cells again:\n"
         "  - take the standalone notebook (`make notebooks` builds it), which carries the library\n"
-        "  - put an address into SOURCE above (git+https://..., a wheel's URL or path), or set NEWLLM_SOURCE\n"
+        "  - put an address into SOURCE (git+https://..., a wheel's URL or path) at the top of this cell, or set\n"
+        "    NEWLLM_SOURCE; where the cell is folded, click its three dots, or its title, to open it\n"
         "  - put a wheel newllm_lib-*.whl beside this notebook, or into MyDrive/newllm and tick LOOK_IN_DRIVE\n"
         "  - open the notebook from a clone of the project"
     )

@@ -24,7 +24,9 @@ FOLDER = Path(__file__).resolve().parent
 MARK = "# @title Set-up"
 PARAMETERS = "parameters"
 """The tag of the cell with the settings, which papermill replaces."""
-ADDRESS = re.compile(r"git\+https://github\.com/(\w[\w-]*)/(\w[\w.-]*)@(\w[\w./-]*)", re.ASCII)
+ADDRESS = re.compile(
+    r"git\+https://github\.com/(\w[\w-]*)/(\w[\w.-]*)@(?!\S*(?:\.\.|//|/\.))(\w[\w./-]{0,199})", re.ASCII
+)
 """What a release can be stamped with."""
 MAIN = "01_train_wikitext2.ipynb"
 """The notebook that the README's badges open."""

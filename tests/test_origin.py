@@ -143,6 +143,35 @@ def test_a_malformed_answer_is_no_origin(answer, monkeypatch):
         assert opened_from()() == ""
 
 
+@pytest.mark.parametrize("reference", ["a//b", "a/./b", "a/.b", "a/../b", "x" * 200_000])
+def test_an_odd_reference_is_refused_in_one_sentence(reference, monkeypatch, capsys):
+    place = f"https://github.com/o/r/blob/{reference}/notebooks/00_quickstart.ipynb"
+    with server(monkeypatch, from_github(place)):
+        assert opened_from()() == ""
+    assert capsys.readouterr().out == (
+        f"The library is not installed from {place[:100]!r}, because that is no usable address of the project.\n"
+    )
+
+
+def test_a_redirect_is_not_followed(monkeypatch):
+    asked = []
+
+    def answer(handler):
+        asked.append(handler.path)
+        if handler.path != "/api/sessions":
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.write(from_github("https://github.com/o/r/blob/main/notebooks/00_quickstart.ipynb"))
+            return
+        handler.send_response(302)
+        handler.send_header("Location", "/elsewhere")
+        handler.end_headers()
+
+    with server(monkeypatch, answer):
+        assert opened_from()() == ""
+    assert asked == ["/api/sessions"]
+
+
 def test_refusals_and_no_server_are_no_origin(monkeypatch):
     with server(monkeypatch, lambda handler: handler.send_error(403)):
         assert opened_from()() == ""

@@ -142,6 +142,40 @@ def test_a_character_that_is_none_of_base85_is_damage_too(built, tmp_path):
     assert "The library in this notebook is damaged: its sha256 is wrong. Download the notebook again." in said
 
 
+def test_a_full_disk_is_named_with_the_remedy(built, tmp_path):
+    before = (
+        "import tarfile\n"
+        "def full(self, *arguments, **more): raise OSError(28, 'No space left on device')\n"
+        "tarfile.TarFile.extractall = full\n"
+    )
+    said = outcome(setup_of(built / "00_quickstart.ipynb").source, tmp_path, before)
+    assert re.search(
+        r"The library cannot be unpacked into /\S+: \[Errno 28\] No space left on device. Free some space",
+        said,
+    )
+    assert "succeeded: False" in said
+    assert "Traceback" not in said.partition("succeeded: False")[0]
+
+
+def test_without_packaging_the_set_up_cell_takes_pips_copy_or_says_so(built, tmp_path):
+    source = setup_of(built / "00_quickstart.ipynb").source
+    absent = "sys.modules['packaging'] = sys.modules['packaging.requirements'] = None\n"
+    assert "succeeded: True" in outcome(source, tmp_path, absent)
+    said = outcome(source, tmp_path, absent + "sys.modules['pip'] = None\n")
+    assert "The package 'packaging' is not here: run %pip install packaging, then run all cells again." in said
+    assert "succeeded: False" in said
+
+
+def test_a_library_imported_before_is_named_once_it_wins(built, tmp_path, repository):
+    source = setup_of(built / "00_quickstart.ipynb").source
+    said = outcome(source, tmp_path, f"sys.path.insert(0, {str(repository)!r})\nimport newllm_lib")
+    sentence = "The library in this notebook is not used, because newllm_lib was imported already, from "
+    assert f"{sentence}{repository / 'newllm_lib'}: restart the kernel" in said
+    again = outcome(source, tmp_path, f"shell.run_cell({source!r})")
+    assert "succeeded: True" in again
+    assert sentence not in again  # the cell run twice uses its own
+
+
 def test_a_forked_process_that_ends_leaves_the_library_to_the_others(built, tmp_path):
     (tmp_path / "cell.py").write_text(setup_of(built / "00_quickstart.ipynb").source)
     script = (

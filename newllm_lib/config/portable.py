@@ -18,6 +18,9 @@ from newllm_lib.escaping import impersonal, shell_command
 ELSEWHERE = "elsewhere:"
 """Before the name of a text that lies on the machine that a run came from: `data.corpus` asks where it lies here."""
 
+FROM_PYTHON = "newllm_lib.train(...) from Python"
+"""In place of the command of a run that was started from Python or a notebook; no shell would take it, so no quotes."""
+
 
 def last_part(path: str) -> str:
     """The name at the end of a path of any system; "text" where it has none."""
@@ -51,7 +54,8 @@ def received(record: dict[str, Any]) -> dict[str, Any]:
 def portable_command(command: str) -> str:
     """A recorded command, each path in it shortened to its last part."""
     try:
-        return shell_command(map(_short, shlex.split(impersonal(command))))
+        words = shlex.split(impersonal(command))
+        return FROM_PYTHON if words == FROM_PYTHON.split() else shell_command(map(_short, words))
     except ValueError:  # no command of a shell, such as a note that somebody wrote
         return " ".join(map(_short, command.split(" ")))
 

@@ -22,6 +22,7 @@ from newllm_lib.data.encodings import decoded, table_note
 from newllm_lib.data.sources import real_files, refuse_dangling
 from newllm_lib.errors import ConfigError, DataError, NetworkError
 from newllm_lib.escaping import shell_word
+from newllm_lib.system.console import in_kernel
 from newllm_lib.system.files import DISK_FULL, file_error, file_errors
 
 SPLITS = ("train", "validation", "test")
@@ -312,31 +313,38 @@ def _load_hub_dataset(config_name: str, name: str):
     """
     import datasets
 
-    local = Path(HUB_REPOSITORY).is_dir()
+    no_hub = None if Path(HUB_REPOSITORY).is_dir() else _why_no_hub()
     try:
-        if local or _hub_answers():
+        if no_hub is None:
             return datasets.load_dataset(HUB_REPOSITORY, config_name, token=False)
         with _offline(datasets):
             return datasets.load_dataset(HUB_REPOSITORY, config_name, token=False)
     except Exception as error:  # datasets raises a dozen unrelated classes for "cannot be had"
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise file_error(error, error.filename or "the cache of Hugging Face", f"data {name}") from error
+        way_out = "DATA in the settings, or data in the panel," if in_kernel() else "data (in the shell --data)"
         raise NetworkError(
             f"data {name}: cannot be loaded from the Hugging Face hub ({HUB_REPOSITORY}), nor is it in the local "
-            f"cache. Go online, or set data (in the shell --data) to a folder with train.txt and valid.txt, or to "
-            f"builtin. [{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}]"
-        ) from error
+            f"cache. Go online, or set {way_out} to a folder with train.txt and valid.txt, or to builtin. "
+            f"[{no_hub or _first_line(error)}]"
+        ) from (error if no_hub is None else None)
 
 
-def _hub_answers() -> bool:
-    """Whether the hub can be reached now; False too when HF_HUB_OFFLINE is set."""
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _why_no_hub() -> str | None:
+    """Why the hub cannot be reached now, None where it can."""
     import huggingface_hub
 
     try:
         huggingface_hub.HfApi().dataset_info(HUB_REPOSITORY, timeout=HUB_TIMEOUT_SECONDS, token=False)
-    except Exception:  # the transport's classes differ between huggingface_hub 0.x, 1.x and 2.x
-        return False
-    return True
+    except huggingface_hub.errors.OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    except Exception as error:  # the transport's classes differ between huggingface_hub 0.x, 1.x and 2.x
+        return f"no connection to the hub: {_first_line(error)}"
+    return None
 
 
 @contextlib.contextmanager

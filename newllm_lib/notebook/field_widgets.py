@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from newllm_lib.config import FlatField
@@ -13,6 +12,7 @@ from newllm_lib.config.fields import allowed_types
 from newllm_lib.config.parsing import parse, shown
 from newllm_lib.errors import ConfigError
 from newllm_lib.escaping import html_text
+from newllm_lib.notebook.quiet import CanBeQuiet
 
 UNITS = (
     "units", "layers", "tokens", "words", "texts", "lanes", "sequences", "epochs", "steps", "nats", "minutes",
@@ -106,7 +106,7 @@ def label_of(item: FlatField) -> str:
     return f"{item.name} ({unit})" if unit and unit not in item.name.split("_") else item.name
 
 
-class Setting:
+class Setting(CanBeQuiet):
     """A field's value, and the row of widgets in which it is seen and changed.
 
     `value` is the truth: it is what was set, to the last digit, or what was typed or pulled since; a text that is no
@@ -119,7 +119,7 @@ class Setting:
         self.item, self.value, self.slider = item, item.default, None
         self.chip: Any = None
         """The button that undoes a change; made when it is first needed."""
-        self._changed, self._quiet, self._before = changed, False, item.default
+        self._changed, self._before = changed, item.default
         kinds = allowed_types(item.type)
         options = choices or item.metadata["choices"] or ((True, False) if bool in kinds else ())
         self._options = tuple((shown_choice(option), option) for option in options)
@@ -202,14 +202,6 @@ class Setting:
                 text = "; ".join(map(str, value)) if several else shown(self.item, value)
                 self.box.value = "" if value is None and self.box.placeholder else text
                 self._move_slider()
-
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        self._quiet = True
-        try:
-            yield
-        finally:
-            self._quiet = False
 
     def _move_slider(self) -> None:
         if self.slider is not None:

@@ -37,9 +37,9 @@ def _by_recipe(config: RunConfig) -> dict[str, str]:
     train = config.train
     found = {}
     if train.lr is not None:
-        found |= dict.fromkeys(("lr_rule", "lr_base", "batch_base"), f"lr = {train.lr:g} sets the rate")
+        found |= dict.fromkeys(("lr_rule", "lr_base", "batch_base"), f"lr = {train.lr:g} sets the learning rate")
     elif train.lr_rule == "none":
-        found["batch_base"] = "lr_rule = none does not scale the rate by the batch"
+        found["batch_base"] = "lr_rule = none does not scale the learning rate with the batch"
     if train.optimizer != "muon":
         found |= dict.fromkeys(("muon_lr", "muon_momentum"), f"optimizer = {train.optimizer}")
     if train.lr_schedule == "constant":
@@ -70,5 +70,5 @@ def _warmup_of(config: RunConfig, setup: Setup) -> dict[str, str]:
     if warmup < train.warmup_steps:
         return {"warmup_steps": f"The run is short: its warm-up takes {warmup:,} steps, a tenth of the decay"}
     if warmup >= total:
-        return {"warmup_steps": f"Longer than the run ({total:,} steps): the rate does not reach its peak"}
+        return {"warmup_steps": f"Longer than the run ({total:,} steps): the learning rate does not reach its peak"}
     return {}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from newllm_lib.config import FlatField, RunConfig, flat_fields, presets
@@ -16,6 +14,7 @@ from newllm_lib.notebook.kept import Kept, is_automatic
 from newllm_lib.notebook.overruled import overruled
 from newllm_lib.notebook.panel_plan import Plan, Planner, busy_html, lines_of, plan_html, refused_html
 from newllm_lib.notebook.panel_view import PanelView, SavedPlan, choices_here
+from newllm_lib.notebook.quiet import CanBeQuiet
 from newllm_lib.notebook.train_button import TrainButton
 from newllm_lib.reporting.formatting import named_lines
 from newllm_lib.system.console import in_kernel
@@ -26,7 +25,7 @@ _KEPT = {"data", "text_unit", "validation_fraction", "test_fraction", "device", 
 KEPT_NOTE = "Your changes are kept when you run this cell again; Reset puts the preset back."
 
 
-class Panel:
+class Panel(CanBeQuiet):
     """Every setting of a run in widgets, and the plan of that run below them.
 
     config: a preset's name or a RunConfig; overrides: any field by name. They are where the widgets start; from then
@@ -45,7 +44,7 @@ class Panel:
         preset = overrides.pop("preset", given.preset)
         self._bases.setdefault(preset, given.replace(preset=preset))
         self._planner = Planner()
-        self._live = self._quiet = self._shown_before = False
+        self._live = self._shown_before = False
         self._config: RunConfig | None = None
         self._plan: Plan | None = None
         self._problem = self._last_plan = ""
@@ -189,14 +188,6 @@ class Panel:
         """What a field was before anybody moved it: as the panel was made, or as the preset chosen since has it."""
         own = self.preset.value == self._given["preset"] or _stays(item)
         return self._given[item.name] if own else _value(self._base(), item)
-
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        self._quiet = True
-        try:
-            yield
-        finally:
-            self._quiet = False
 
     # --- what is kept of it -------------------------------------------------------------------------------------
 

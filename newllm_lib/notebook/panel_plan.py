@@ -142,7 +142,7 @@ def state_of(plan: Plan) -> str:
             f"already finished: {step:,} of {total:,} steps" if status == "finished" else f"at its end, step {step:,}"
         )
     if status == "stopped early":
-        return f"stopped early at step {step:,} of {total:,}; a larger patience goes on"
+        return f"stopped early at step {step:,} of {total:,}; to train longer, raise patience"
     return f"continues at step {step:,} of {total:,}"
 
 

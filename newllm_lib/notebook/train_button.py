@@ -20,7 +20,7 @@ from newllm_lib.runs.api import train
 from newllm_lib.runs.run import Run
 
 NO_INTERRUPT = (
-    "In this notebook an interrupt would not reach a training that this button starts. Run the next cell instead: it "
+    "In this notebook an interrupt cannot stop a training run that this button starts. Run the next cell instead: it "
     "trains with these settings."
 )
 

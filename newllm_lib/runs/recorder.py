@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from newllm_lib.config import BOS, presets
+from newllm_lib.config.portable import FROM_PYTHON
 from newllm_lib.data.dataset import Prepared, Split
 from newllm_lib.errors import CheckpointError
 from newllm_lib.escaping import impersonal, shell_command
@@ -172,13 +173,15 @@ class Recorder(Observer):
 def parts_before(earlier: RunRecord, here: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of a run before the one that begins now: without it where nothing but the step has changed.
 
-    Of a run that an earlier version trained the last environment is known, and taken for that of all.
+    Of a run that an earlier version trained the last environment is known, and taken for that of all. So it is where
+    the record's parts are damaged; a part that does not say at which step it began is left out.
     """
-    parts = list(earlier.parts or [])
+    recorded = earlier.parts if isinstance(earlier.parts, list) else []
+    parts = [part for part in recorded if isinstance(part, dict) and type(part.get("from_step")) is int]
     if not parts and earlier.step and earlier.environment:
         known = {"precision": earlier.decided.get("precision"), "environment": earlier.environment}
         parts = [{"from_step": 0, **known}]
-    parts = [part for part in parts if isinstance(part, dict) and part.get("from_step", 0) < here["from_step"]]
+    parts = [part for part in parts if part["from_step"] < here["from_step"]]
     if parts and {**parts[-1], "from_step": 0} == {**json.loads(json.dumps(here)), "from_step": 0}:
         here["from_step"] = parts.pop()["from_step"]
     return parts
@@ -217,4 +220,4 @@ def command(without: tuple[str, ...] = ()) -> str:
     program = Path(sys.argv[0]).name
     if program in ("newllm", "__main__.py"):
         return impersonal(shell_command(["newllm", *(word for word in sys.argv[1:] if word not in without)]))
-    return "newllm_lib.train(...) from Python"
+    return FROM_PYTHON

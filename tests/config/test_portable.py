@@ -61,6 +61,9 @@ def test_the_last_part_of_a_path(path, name):
 def test_a_command_is_told_without_paths():
     told = portable.portable_command("newllm train auto --data '/home/jane/my wiki' --mirror-dir=/mnt/x --lr 0.1")
     assert told == "newllm train auto --data 'my wiki' --mirror-dir=x --lr 0.1"
+    from_python = "newllm_lib.train(...) from Python"  # no command either; older bundles hold it quoted
+    assert portable.portable_command(from_python) == from_python
+    assert portable.portable_command("'newllm_lib.train(...)' from Python") == from_python
     assert portable.portable_command("it's in /home/jane/x") == "it's in x"  # no command of a shell
 
 

@@ -413,7 +413,19 @@ def test_without_a_network_the_message_comes_soon_and_names_the_ways_out(no_hub,
     assert str(refused.value).startswith("data wikitext-2: cannot be loaded from the Hugging Face hub")
     assert "set data (in the shell --data) to a folder with train.txt and valid.txt" in str(refused.value)
     assert "or to builtin" in str(refused.value)
+    assert "[no connection to the hub: " in str(refused.value)
+    assert "OfflineModeIsEnabled" not in str(refused.value)  # a flag that only the loading itself had set
     assert datasets.config.HF_HUB_OFFLINE is offline
+
+
+def test_in_a_notebook_the_message_names_the_notebooks_fields(no_hub, monkeypatch):
+    monkeypatch.setattr(corpus, "in_kernel", lambda: True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError) as refused:
+        load("wikitext-2")
+    assert "set DATA in the settings, or data in the panel, to a folder with train.txt" in str(refused.value)
+    assert "--data" not in str(refused.value)
+    assert "[HF_HUB_OFFLINE is set, so the hub is not asked]" in str(refused.value)
 
 
 def test_without_a_network_the_local_cache_serves(hub_folder, no_hub, tmp_path, monkeypatch):

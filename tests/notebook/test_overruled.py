@@ -15,13 +15,13 @@ def text(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "name", "why"),
     [
-        ({"lr": 1e-3}, "lr_rule", "Not used: lr = 0.001 sets the rate"),
-        ({"lr": 1e-3}, "batch_base", "Not used: lr = 0.001 sets the rate"),
+        ({"lr": 1e-3}, "lr_rule", "Not used: lr = 0.001 sets the learning rate"),
+        ({"lr": 1e-3}, "batch_base", "Not used: lr = 0.001 sets the learning rate"),
         ({"lr": None, "lr_rule": "sqrt"}, "lr_rule", None),
         (
             {"lr": None, "lr_rule": "none"},
             "batch_base",
-            "Not used: lr_rule = none does not scale the rate by the batch",
+            "Not used: lr_rule = none does not scale the learning rate with the batch",
         ),
         ({"optimizer": "adam"}, "muon_lr", "Not used: optimizer = adam"),
         ({"optimizer": "muon"}, "muon_lr", None),
@@ -52,7 +52,10 @@ def test_by_other_fields(text, changes, name, why):
         ({"epochs": 1, "max_steps": 12}, {"max_steps": "Not used: epochs = 1 ends the run first, at step 8"}),
         ({"epochs": 1, "max_steps": 8}, {}),
         ({"epochs": None, "max_steps": 8}, {}),
-        ({"warmup_steps": 30}, {"warmup_steps": "Longer than the run (16 steps): the rate does not reach its peak"}),
+        (
+            {"warmup_steps": 30},
+            {"warmup_steps": "Longer than the run (16 steps): the learning rate does not reach its peak"},
+        ),
         ({"warmup_steps": 15}, {}),
         (
             {"warmup_steps": 15, "lr_schedule": "cosine"},

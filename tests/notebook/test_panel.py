@@ -678,7 +678,7 @@ def test_minutes_are_of_the_steps_that_are_left(tiny, monkeypatch):
 def test_a_run_that_stopped_early_is_called_so(tiny):
     tiny.set(patience=1, min_delta=100.0)
     train(tiny)
-    assert ": stopped early at step 6 of 16; a larger patience goes on" in repr(tiny)
+    assert ": stopped early at step 6 of 16; to train longer, raise patience" in repr(tiny)
 
 
 def test_a_folder_with_another_run_is_refused_in_the_words_of_training(tiny):

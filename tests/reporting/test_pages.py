@@ -15,8 +15,9 @@ from tiny import Quiet, tiny_command, tiny_config
 import newllm_lib as nl
 from newllm_lib.reporting import curves, report
 from newllm_lib.reporting.progress import table_line
-from newllm_lib.reporting.record import history_rows
+from newllm_lib.reporting.record import RunRecord, history_rows
 from newllm_lib.reporting.report import pages_are_current, report_text
+from newllm_lib.runs.recorder import parts_before
 
 
 @pytest.fixture
@@ -294,6 +295,15 @@ def test_a_run_of_an_earlier_version_has_one_part_more(config, monkeypatch):
     elsewhere(monkeypatch, "Another CPU")
     first, second = nl.train(config, max_steps=4, progress=Quiet()).record.parts
     assert (first["from_step"], first["environment"], second["from_step"]) == (0, record["environment"], 2)
+
+
+@pytest.mark.parametrize("damaged", [[{"from_step": None}], [{"from_step": "0"}], [{}], ["x"], 5, {"a": 1}])
+def test_damaged_parts_of_a_record_do_not_keep_a_run_from_continuing(damaged):
+    earlier = RunRecord(parts=damaged, step=2, environment={"device_name": "old"}, decided={"precision": "fp32"})
+    before = {"from_step": 0, "precision": "fp32", "environment": {"device_name": "old"}}
+    here = {"from_step": 2, "precision": "fp32", "environment": {"device_name": "new"}}
+    assert parts_before(earlier, here) == [before]
+    assert here["from_step"] == 2
 
 
 # --- what a picture and a count say ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import struct
 import zipfile
@@ -9,6 +10,7 @@ import zipfile
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import tiny_config, write_text
 
@@ -19,6 +21,7 @@ from newllm_lib.data.tokenizer import WordTokenizer
 from newllm_lib.errors import BundleError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.pretrained import export_model
+from newllm_lib.reporting.model_card import model_card
 from newllm_lib.sharing import bundle as bundle_module
 from newllm_lib.sharing.bundle import MANIFEST, bundle, open_bundle
 from newllm_lib.sharing.export import export
@@ -88,6 +91,31 @@ def test_the_card_is_written_from_the_report(run, tmp_path):
     assert run.record["data"]["fingerprint"] in body
     again = export(tmp_path / "out", tmp_path / "second")  # a card is not lost on the way
     assert (again / "README.md").read_text() == text
+
+
+def test_the_cards_metadata_hold_the_scores_of_a_text_that_the_hub_has(run):
+    """As the hub reads them, with the hub's own class."""
+    best = dict(run.record["best"]) | {"val_ppl": 22.34567, "val_accuracy": 0.31}
+    record = dict(run.record) | {"best": best, "data": dict(run.record["data"]) | {"name": "wikitext-2"}}
+    data = ModelCard(model_card(record, run.config.model)).data
+    assert (data.license, data.language, data.library_name) == ("cc-by-sa-3.0", "en", "newllm_lib")
+    assert (data.datasets, data.pipeline_tag) == (["Salesforce/wikitext"], "text-generation")
+    assert data.model_name == "small"
+    assert [(score.metric_type, score.metric_value, score.dataset_split) for score in data.eval_results] == [
+        ("perplexity", 22.3457, "validation"),
+        ("accuracy", 0.31, "validation"),
+    ]
+    assert {(score.dataset_type, score.dataset_config) for score in data.eval_results} == {
+        ("Salesforce/wikitext", "wikitext-2-v1")
+    }
+    best["val_ppl"] = math.inf
+    data = ModelCard(model_card(record, run.config.model)).data
+    assert [score.metric_type for score in data.eval_results] == ["accuracy"]  # YAML has no infinity the hub takes
+
+
+def test_the_cards_metadata_claim_nothing_for_a_text_of_ones_own(run):
+    data = ModelCard(model_card(run.record, run.config.model)).data
+    assert (data.license, data.language, data.datasets, data.eval_results) == ("unknown", None, None, None)
 
 
 def test_save_pretrained_takes_card_and_tokenizer_along(run, tmp_path):
