@@ -43,7 +43,7 @@ def storage(use_drive: bool = False, folder: str = DRIVE_FOLDER) -> Storage:
     """With `use_drive` on Colab, where runs get a verified copy: `folder` of Google Drive; else they are here alone.
 
     Off, it does and asks nothing. On, it mounts Drive, which asks for permission unless it is mounted already; where
-    that fails, for whatever reason or because it is interrupted, a red note says why, and the work goes on on this
+    that fails, for whatever reason or because it is interrupted, a red note says why, and the work continues on this
     machine alone. ConfigError when `folder` is no path such as MyDrive/newllm.
     """
     if not use_drive:
