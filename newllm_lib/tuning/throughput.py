@@ -18,13 +18,15 @@ _LONG_SECONDS = 0.3
 """A step of the first so long leaves the second out."""
 _MOST_GROWTH = 2.0
 """Beyond the largest batch measured, the speed is believed to rise at most so many times."""
+_MOST_WORK_APART = 4.0
+"""Times that a token's work may differ from that of the model measured: in a small model, what is not work decides."""
 
 
 def estimate_speed(setup: Setup, measure: bool = True, anew: bool = False) -> Speed | None:
     """Tokens a second of a run on this machine, and how that is known.
 
     measure: whether a model of which nothing is known yet may be measured for some seconds (it is then remembered).
-    Without, the answer takes milliseconds, and is None where nothing comparable was ever measured. anew: measure in any
+    Without, the answer takes milliseconds, and is None where nothing comparable was measured yet. anew: measure in any
     case; what was known of the sizes that are measured is replaced.
     """
     train, facts, store = setup.config.train, step_facts(setup), Store(setup.machine)
@@ -46,6 +48,8 @@ def estimate_speed(setup: Setup, measure: bool = True, anew: bool = False) -> Sp
         return None
     nearest = min(alike, key=lambda entry: _distance(entry["facts"], facts))["facts"]
     work = nearest["matrix_parameters"] / facts["matrix_parameters"]
+    if not 1 / _MOST_WORK_APART <= work <= _MOST_WORK_APART:
+        return None
     there = [entry for entry in alike if entry["facts"] == nearest]
     validation = _validation_seconds(setup, there, work)
     basis = "scaled by the work for a token from another model measured here"

@@ -122,6 +122,20 @@ class PanelInABrowser:
         assert records(folder)[0]["step"] > record["step"]
         assert not (run / "stop").exists()
 
+    def test_run_all_during_a_run_of_the_train_button_starts_nothing_twice(self, ui, folder, compose):
+        ui.open(compose(SETTINGS.replace('"max_steps": 12', '"max_steps": 120'), PANEL, TRAIN))
+        for source in ("import os", "nl.Panel("):
+            ui.start(ui.cell(source))
+            ui.wait()
+        panel = ui.panel()
+        panel.get_by_role("button", name="Train", exact=True).click()
+        expect(panel.locator("td").first).to_be_visible()  # a validation
+        assert records(folder)[0]["status"] == "running"
+        run_all(ui)  # the cells wait for the run to end
+        (record,) = records(folder)
+        assert (record["status"], record["step"], len(record["parts"])) == ("finished", 120, 1)
+        expect(ui.output("nl.train(")).to_contain_text(f"already finished: results/{record['run']}")
+
     def test_a_saved_notebook_shows_the_plan_without_its_widgets(self, ui, folder, compose):
         path = compose(SETTINGS, PANEL)
         ui.open(path)
