@@ -587,7 +587,7 @@ def test_a_full_disk_under_the_cache_of_the_hub_is_no_lack_of_network(monkeypatc
         assert token is False  # nothing is asked for a public text
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/wikitext")
 
-    monkeypatch.setattr(corpus, "_hub_answers", lambda: True)
+    monkeypatch.setattr(corpus, "_why_no_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(nl.FileError, match="data wikitext-2: No space left on device") as caught:
         corpus._load_hub_dataset("wikitext-2-v1", "wikitext-2")

@@ -322,7 +322,7 @@ def test_a_checkpoint_of_another_vocabulary(newllm, text, trained):
 
 def test_without_a_network_one_message_names_the_ways_out(newllm, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("newllm_lib.data.corpus._hub_answers", lambda: False)
+    monkeypatch.setattr("newllm_lib.data.corpus._why_no_hub", lambda: "no connection to the hub")
     result = newllm("train", "quickstart", "--data", "wikitext-2")
     assert result.exit_code == FAILED
     assert "set data (in the shell --data) to a folder with train.txt and valid.txt, or to builtin." in result.stderr

@@ -606,7 +606,7 @@ def test_text_that_cannot_be_had_is_told_as_anywhere(tmp_path, old, monkeypatch)
     def fail(*_, **__):
         raise OSError("no network in this test")
 
-    monkeypatch.setattr("newllm_lib.data.corpus._hub_answers", lambda: False)
+    monkeypatch.setattr("newllm_lib.data.corpus._why_no_hub", lambda: "no connection to the hub")
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(ConnectionError, match=r"data wikitext-2: cannot be loaded .* or set data"):
         import_run(old, results_dir=tmp_path / "results")
