@@ -13,6 +13,7 @@ from newllm_lib.data.sequences import target_lengths
 from newllm_lib.errors import ConfigError
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import get_engine
+from newllm_lib.model.recurrence.kernels import Kernels
 from newllm_lib.model.recurrence.static_packing import most_active
 from newllm_lib.training.batch_graph import BatchGraph, best_kernels
 from newllm_lib.training.batches import Batches, batches_per_epoch, epoch_order
@@ -21,9 +22,9 @@ from newllm_lib.training.step import eager_gradients
 
 _EPOCHS = 4
 """Whose batches decide how many rows a step takes; a later batch that does not fit is computed without the graph."""
-_TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
+_TOLERANCES = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.02}
 """Largest distance of all gradients from the plain step's, relative to their norm: the order of sums differs, and a
-ReLU may flip where its input is next to zero."""
+ReLU may flip where its input is next to zero. An H200 had less than a tenth of it."""
 _SCALES = {"fp32": 1.0, "bf16": 1.0, "fp16": 1024.0}
 """Of the loss in that comparison: in FP16 its gradients would else vanish."""
 
@@ -71,8 +72,18 @@ def _obstacle(setup: Setup) -> str | None:
 
 
 def _captured(setup: Setup, model: NewLLM, batches: Batches) -> GraphChoice:
-    train = setup.config.train
+    """A graph with the kernels, or with torch's operations where they cannot be had or fail; errors where both do."""
     kernels, why = best_kernels(model, setup.precision)
+    if kernels is not None:
+        try:
+            return _checked(setup, model, batches, kernels, "its own kernels")
+        except Exception as error:
+            why = f"the kernels failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+    return _checked(setup, model, batches, None, f"torch's operations ({why})")
+
+
+def _checked(setup: Setup, model: NewLLM, batches: Batches, kernels: Kernels | None, how: str) -> GraphChoice:
+    train = setup.config.train
     active = most_active(first_lengths(setup), train.batch_size, setup.train_split.ids.shape[1] - 1)
     graph = BatchGraph(model, setup.precision, train.batch_size, active, kernels)
     ids = batches.read(0, 0)
@@ -82,7 +93,6 @@ def _captured(setup: Setup, model: NewLLM, batches: Batches) -> GraphChoice:
     if not distance <= tolerance:
         raise ValueError(f"its gradients are {distance:.2g} away from the plain step's, allowed is {tolerance:.2g}")
     torch.cuda.empty_cache()
-    how = "its own kernels" if kernels else f"torch's operations ({why})"
     return GraphChoice(
         graph, f"steps are replayed as one CUDA graph with {how}; gradients within {distance:.1g} of the plain step's"
     )

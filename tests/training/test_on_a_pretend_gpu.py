@@ -12,7 +12,7 @@ from tiny import continued_trainer, result_of, same, stopped_trainer, tiny_confi
 import newllm_lib as nl
 from newllm_lib import evaluation
 from newllm_lib.evaluation import evaluate_split
-from newllm_lib.model.loss import _LossSum
+from newllm_lib.model.loss import _LossSum, softmax_less_target
 from newllm_lib.model.newllm import NewLLM
 from newllm_lib.model.recurrence import ENGINES, dropout, time_loop
 from newllm_lib.model.recurrence.dropout import Dropout
@@ -21,7 +21,7 @@ from newllm_lib.model.recurrence.static_packing import Envelope
 from newllm_lib.reporting.progress import Progress
 from newllm_lib.studies.bench.training_speed import Case, measure
 from newllm_lib.system.buffer_pool import Buffers
-from newllm_lib.training import graph_choice
+from newllm_lib.training import batch_graph, graph_choice
 from newllm_lib.training import step as step_module
 from newllm_lib.training import trainer as trainer_module
 from newllm_lib.training.batches import Batches
@@ -147,6 +147,38 @@ def test_generation_and_evaluation_take_no_tensor_of_the_cpu(text, tmp_path):
         assert gpu.launches > 0
         with pytest.raises(ValueError, match="tokens are on cpu: must be on cuda:0, where the model is"):
             model(torch.ones(1, 2, dtype=torch.int64))
+
+
+class WrongKernels:
+    """Losses that are off by a tenth, or no loop at all."""
+
+    def __init__(self, error: Exception | None):
+        self._error = error
+
+    def losses(self, logits, targets, nll):
+        if self._error:
+            raise self._error
+        softmax_less_target(logits, targets, nll)
+        logits.mul_(1.1)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "the kernels failed: ValueError: its gradients are 0.1 away from the plain step's, allowed is 0.001"),
+        (RuntimeError("no kernel image"), "the kernels failed: RuntimeError: no kernel image"),
+    ],
+)
+def test_kernels_that_fail_or_disagree_give_way_to_torchs_operations(text, monkeypatch, error, said):
+    monkeypatch.setattr(graph_choice, "best_kernels", lambda *_args: (WrongKernels(error), ""))
+    monkeypatch.setattr(batch_graph, "kernel_loop", time_loop)
+    with pretend_cuda():
+        setup = setup_of(text)
+        model = NewLLM.fresh(setup.config.model, 1, setup.machine.device).train()
+        batch_of = Batches(setup.train_split, setup.config.train.batch_size, 1, setup.machine.device)
+        chosen = graph_choice.choose_graph(setup, model, batch_of)
+    assert chosen.graph is not None
+    assert chosen.reason.startswith(f"steps are replayed as one CUDA graph with torch's operations ({said}); gradients")
 
 
 def test_the_plan_says_why_there_is_no_graph(text, tmp_path):
