@@ -46,7 +46,7 @@ class BatchGraph:
     ):
         """active: most rows at each step, of `most_active`; kernels: None = torch's own operations."""
         config, device = model.config, model.device
-        steps = self._steps = len(active)
+        steps = len(active)
         self.model, self._precision, self._kernels = model, precision, kernels
         self._parameters = list(model.parameters())
         self._ids: Tensor | None = None
