@@ -19,7 +19,7 @@ from newllm_lib.system.hardware import detect, native_formats
 ATTEMPTS = 26  # two epochs of a100_fp16, each with its short last batch
 CASES = [("a100_fp16", 2048), ("a100_fp16", 4096), ("auto", 2048), ("auto", 4096)]
 EMULATED = [("a100_fp16", 4096)]
-"""What a processor without FP16 of its own runs, minutes of it: two epochs in which nearly every step was skipped once."""
+"""What a processor without FP16 of its own runs, for minutes: here nearly every step was skipped once."""
 
 
 def attempts(preset: str, batch: int, width: int, data: Path, results: Path) -> tuple[list[bool], list[float], str]:
